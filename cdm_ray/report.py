@@ -1,0 +1,104 @@
+"""What a job prints: the plan of a run before it starts, and the table of finished runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cdm_ray.config import ConfigError, ImageConfig, to_yaml
+from cdm_ray.objectives.cp import forward_units
+
+RESULTS_FILE = "results.json"
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """`results.json` of a finished run."""
+
+    run: str
+    recipe: str
+    cp_weight: float
+    seed: int
+    images: int
+    images_per_second: float | None
+    """Median while training; None if it was not measured."""
+    metrics: dict[str, float]
+    checkpoint: str
+    grids: dict[str, str]
+    figures: dict[str, str]
+    ui_command: str
+
+    @classmethod
+    def load(cls, folder: Path) -> RunSummary:
+        return cls(**json.loads((folder / RESULTS_FILE).read_text()))
+
+    def save(self, folder: Path) -> None:
+        (folder / RESULTS_FILE).write_text(json.dumps(vars(self), indent=1))
+
+
+def print_plan(config: ImageConfig) -> None:
+    """The resolved configuration, the resources and the cost of a run."""
+    ray, train = config.ray, config.train
+    gpu = {"auto": "a GPU each if the cluster has them", True: "a GPU each", False: "no GPU"}
+    units = forward_units(config.cp)
+    print(to_yaml(config), end="")
+    print(f"\nrun        {config.run_folder}")
+    print(f"resources  {ray.workers} workers, {ray.cpus_per_worker:g} CPU and {gpu[ray.use_gpu]}")
+    print(
+        f"cost       {config.steps} steps of {train.batch} images "
+        f"({config.lane_batch} in each of {config.data.lanes} lanes); {units:g} forward passes "
+        f"per image, {units / 3:.2f} times denoising score matching alone"
+    )
+
+
+def finished_runs(storage: Path, recipe: str) -> list[Path]:
+    """Folders of the finished runs of a recipe; raises ConfigError if there is none."""
+    found = sorted(path.parent for path in storage.glob(f"*/{RESULTS_FILE}"))
+    folders = [folder for folder in found if RunSummary.load(folder).recipe == recipe]
+    if not folders:
+        raise ConfigError(
+            f"run.storage={storage}: no finished run of recipe {recipe}; "
+            f"make one with `python jobs/train_cp.py {recipe}`"
+        )
+    return folders
+
+
+def print_results(folders: Sequence[Path]) -> None:
+    """Table of the runs, then their checkpoints and grids, and how to open the UI."""
+    summaries = sorted((RunSummary.load(f) for f in folders), key=lambda s: (s.cp_weight, s.seed))
+    console = Console(width=None if Console().is_terminal else 120)
+    table = Table(title="averaged weights; lower is better but for images/s")
+    rows = [_row(summary) for summary in summaries]
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column == "run" else "right")
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table)
+    for summary in summaries:
+        print(f"{summary.run}\n  checkpoint  {summary.checkpoint}")
+        for name, path in (summary.grids | summary.figures).items():
+            print(f"  {name:10}  {path}")
+    print(f"\nopen the MLflow UI:  {summaries[-1].ui_command}")
+
+
+def _row(summary: RunSummary) -> dict[str, str]:
+    metrics = summary.metrics
+    count = int(metrics["images"])
+    row = {
+        "run": summary.run,
+        "objective": f"DSM + {summary.cp_weight:g} CP" if summary.cp_weight else "DSM",
+        "images": f"{summary.images:,}",
+    }
+    for name, value in metrics.items():
+        if name.startswith(("fd_", "fid_")):
+            row[f"{name} (n={count:,})"] = f"{value:.3f}"
+    row["CP residual"] = f"{metrics['cp_residual']:.2e} ± {metrics['cp_residual_se']:.0e}"
+    speed = summary.images_per_second
+    row["images/s"] = "-" if speed is None else f"{speed:,.0f}"
+    return row

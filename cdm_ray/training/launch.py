@@ -1,0 +1,178 @@
+"""The driver of an image run: data, tracking, Ray Train, evaluation, in that order."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from cdm_ray import cluster
+from cdm_ray.config import NOT_LEARNED, ConfigError, ImageConfig, flatten, load_config, to_yaml
+from cdm_ray.data.manifest import Manifest
+from cdm_ray.data.prepare import check_matches, ensure_prepared
+from cdm_ray.data.stream import iterate_images
+from cdm_ray.evaluation.evaluate import EvaluationResult, evaluate
+from cdm_ray.tracking import RunHandle, Tracker, finish_run, open_run
+from cdm_ray.training.checkpoint import Checkpoint, newest_checkpoint
+from cdm_ray.training.loop import TrainingFailed
+from cdm_ray.training.worker import CHECKPOINTS, Assignment, train_worker
+
+CONFIG_FILE = "config.yaml"
+RESULTS_FILE = "results.json"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run leaves behind; also written to `results.json` in its folder."""
+
+    folder: Path
+    checkpoint: Path
+    evaluation: EvaluationResult
+    images_per_second: float | None
+    """Median while training; None if nothing was left to train."""
+    tracking: RunHandle
+
+
+def run_images(config: ImageConfig) -> RunResult:
+    """Train as configured, evaluate the averaged weights, record everything in MLflow.
+
+    Continues the run of the same name. Ray must be initialised. Raises ConfigError for a user's
+    mistake and TrainingFailed when training stopped for good.
+    """
+    config = config.resolved()
+    use_gpu = cluster.uses_gpu(config.ray)
+    manifest = ensure_prepared(config.data, cluster.map_tasks)
+    check_matches(manifest, config)
+    _claim_folder(config)
+    tracking = open_run(
+        config,
+        storage=Path(config.run.storage),
+        run_name=config.run_name,
+        run_folder=config.run_folder,
+    )
+    status = "FAILED"
+    try:
+        speed = _train(config, tracking, use_gpu)
+        checkpoint = _final_checkpoint(config)
+        evaluation = _evaluate(config, checkpoint, manifest)
+        _record_evaluation(tracking, checkpoint, evaluation)
+        result = RunResult(config.run_folder, checkpoint.folder, evaluation, speed, tracking)
+        _write_results(config, result)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        finish_run(tracking, status)
+    return result
+
+
+def _claim_folder(config: ImageConfig) -> None:
+    """Write the configuration into the run folder; refuse a folder that holds another run."""
+    folder = config.run_folder
+    path = folder / CONFIG_FILE
+    if path.is_file():
+        before = flatten(load_config(ImageConfig, str(path)))
+        now = flatten(config)
+        may_change = (*NOT_LEARNED, "train.images")
+        changed = [
+            f"{key} was {before[key]}, is {now[key]}"
+            for key in now
+            if before[key] != now[key] and not key.startswith(may_change)
+        ]
+        if changed:
+            raise ConfigError(
+                f"run.name={config.run_name}: {folder} holds a run with other settings "
+                f"({'; '.join(changed)}); choose another run.name"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_yaml(config))
+
+
+def _train(config: ImageConfig, tracking: RunHandle, use_gpu: bool) -> float | None:
+    """Run the workers to the last step; returns the median images per second."""
+    newest = newest_checkpoint(config.run_folder / CHECKPOINTS)
+    if newest is not None and newest.state.step >= config.steps:
+        return None
+    launch = f"{time.time_ns()}"
+    resources = {"CPU": config.ray.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "assignment": Assignment(config.model_dump(mode="json"), tracking, launch)
+        },
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.ray.workers, use_gpu=use_gpu, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            # Ray resumes by this name; our own checkpoints decide where a run goes on instead.
+            name=launch,
+            storage_path=str(config.run_folder / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=config.ray.max_failures),
+            worker_runtime_env={"env_vars": {} if use_gpu else {"DS_ACCELERATOR": "cpu"}},
+        ),
+    )
+    outcome: Any = trainer.fit().return_value
+    if "fatal" in outcome:
+        raise TrainingFailed(outcome["fatal"])
+    return outcome["images_per_second"]
+
+
+def _final_checkpoint(config: ImageConfig) -> Checkpoint:
+    checkpoint = newest_checkpoint(config.run_folder / CHECKPOINTS)
+    if checkpoint is None or checkpoint.state.step < config.steps:
+        raise TrainingFailed(
+            f"{config.run_folder / CHECKPOINTS}: no sound checkpoint of the last step, "
+            f"{config.steps}; run the same command again to continue"
+        )
+    return checkpoint
+
+
+def _evaluate(config: ImageConfig, checkpoint: Checkpoint, manifest: Manifest) -> EvaluationResult:
+    return evaluate(
+        config,
+        checkpoint.tensors("ema"),
+        manifest,
+        iterate_images(config.data, manifest, config.eval.batch),
+        cache_folder=Path(config.run.storage) / "reference",
+        out_folder=config.run_folder / "evaluation" / checkpoint.folder.name,
+        map_tasks=cluster.map_tasks,
+    )
+
+
+def _record_evaluation(
+    tracking: RunHandle, checkpoint: Checkpoint, evaluation: EvaluationResult
+) -> None:
+    step = checkpoint.state.step
+    tracker = Tracker(tracking)
+    try:
+        tracker.log_metrics(
+            {f"eval/{name}": value for name, value in evaluation.metrics.items()}, step
+        )
+        for name, path in evaluation.grids.items():
+            tracker.log_image(path, f"samples_{name}", step)
+        for path in evaluation.figures.values():
+            tracker.log_artifact(path, "figures")
+        tracker.set_tag("checkpoint", str(checkpoint.folder))
+    finally:
+        tracker.close(timeout=30.0)
+
+
+def _write_results(config: ImageConfig, result: RunResult) -> None:
+    path = config.run_folder / RESULTS_FILE
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    content = {
+        "run": config.run_name,
+        "checkpoint": str(result.checkpoint),
+        "images_per_second": result.images_per_second or before.get("images_per_second"),
+        "metrics": result.evaluation.metrics,
+        "grids": {name: str(p) for name, p in result.evaluation.grids.items()},
+        "figures": {name: str(p) for name, p in result.evaluation.figures.items()},
+    }
+    path.write_text(json.dumps(content, indent=1))

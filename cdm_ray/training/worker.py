@@ -1,0 +1,287 @@
+"""What one Ray Train worker does for an image run: build, restore, train, write checkpoints."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.experimental import tqdm_ray
+
+from cdm_ray.config import ConfigError, ImageConfig, build_config, to_yaml
+from cdm_ray.data.manifest import Manifest
+from cdm_ray.data.stream import DataError, LaneStream, RawBatch
+from cdm_ray.networks import build_network
+from cdm_ray.networks.precond import EDMPrecond
+from cdm_ray.objectives.base import ImageBatch
+from cdm_ray.objectives.image import ImageObjective
+from cdm_ray.randomness import BlockRng
+from cdm_ray.tracking import RunHandle, Tracker
+from cdm_ray.training.checkpoint import (
+    Checkpoint,
+    TrainingState,
+    newest_checkpoint,
+    write_checkpoint,
+)
+from cdm_ray.training.engine import WEIGHTS, Engine
+from cdm_ray.training.lanes import MicroStep, deal_lanes, micro_steps
+from cdm_ray.training.loop import Pass, Record, TrainingFailed, run_loop
+
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints inside the run folder."""
+FATAL_ERRORS = (TrainingFailed, DataError, ConfigError)
+"""A restart would only repeat them."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Everything a worker is told."""
+
+    config: dict[str, Any]
+    tracking: RunHandle | None
+    launch: str
+    """Identity of this launch: a restart within it does not repeat a fatal error."""
+
+
+def train_worker(options: dict[str, Assignment]) -> dict[str, Any]:
+    """Entry point for Ray Train, with {"assignment": Assignment}.
+
+    Returns {"images_per_second": median} or, after an error that a restart would only repeat,
+    {"fatal": message}.
+    """
+    assignment = options["assignment"]
+    config = build_config(ImageConfig, assignment.config)
+    marker = config.run_folder / "fatal.json"
+    if (message := _read_marker(marker, assignment.launch)) is not None:
+        return {"fatal": message}
+    try:
+        images_per_second = _train(config, assignment)
+    except FATAL_ERRORS as error:
+        marker.write_text(json.dumps({"launch": assignment.launch, "message": str(error)}))
+        raise
+    return {"images_per_second": images_per_second}
+
+
+def _read_marker(marker: Path, launch: str) -> str | None:
+    try:
+        content = json.loads(marker.read_text())
+    except FileNotFoundError:
+        return None
+    return content["message"] if content["launch"] == launch else None
+
+
+def _train(config: ImageConfig, assignment: Assignment) -> float | None:
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    manifest = Manifest.load(config.data.path)
+    checkpoint = _agree_on_checkpoint(config.run_folder / CHECKPOINTS)
+    network = initial_network(config, manifest)
+    if checkpoint is not None:
+        network.load_state_dict(checkpoint.tensors(WEIGHTS))
+    dealt = deal_lanes(config.data.lanes, world)
+    lanes_per_pass = config.train.micro_batch and config.train.micro_batch // config.lane_batch
+    schedule = micro_steps(dealt, rank, lanes_per_pass)
+    engine = Engine(
+        network.to(device),
+        config.optimizer,
+        zero_stage=config.train.zero_stage,
+        precision=_precision(config, device),
+        micro_steps=len(schedule),
+    )
+    state = TrainingState(0, 0, 0) if checkpoint is None else checkpoint.state
+    if checkpoint is not None:
+        _restore(engine, checkpoint, config, manifest)
+    rollout_network = None
+    if config.cp.weight > 0 and config.cp.rollout_weights == "ema":
+        rollout_network = initial_network(config, manifest).to(device).requires_grad_(False)
+    objective = ImageObjective(
+        config.dsm,
+        config.cp,
+        config.network.sigma_data,
+        rollout_model=rollout_network,
+    )
+    lanes = [lane for micro in schedule if micro.counts for lane in micro.lanes]
+    hooks = _Hooks(config, engine, assignment.tracking if rank == 0 else None, state)
+    with (
+        closing(hooks),
+        LaneStream(
+            config.data,
+            manifest,
+            seed=config.run.seed,
+            lanes=lanes,
+            lane_batch=config.lane_batch,
+            start_step=state.step,
+        ) as stream,
+    ):
+        run_loop(
+            engine,
+            objective,
+            _passes(config, stream, schedule, lanes, manifest, device, state.step),
+            state,
+            last_step=config.steps,
+            train=config.train,
+            optimizer=config.optimizer,
+            ema=config.ema,
+            hooks=hooks,
+            before_step=(lambda: _copy_average(engine, rollout_network))
+            if rollout_network is not None
+            else None,
+        )
+    return hooks.images_per_second
+
+
+def initial_network(config: ImageConfig, manifest: Manifest) -> EDMPrecond:
+    """The network with the weights that `run.seed` gives, the same on every worker."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        return build_network(
+            config.network,
+            resolution=config.data.resolution,
+            channels=config.data.channels,
+            label_dim=manifest.num_classes if config.network.class_conditional else 0,
+        )
+
+
+def _precision(config: ImageConfig, device: torch.device) -> Any:
+    if config.train.precision == "auto":
+        on_gpu = device.type == "cuda" and config.train.zero_stage > 0
+        return "bf16" if on_gpu else "fp32"
+    return config.train.precision
+
+
+def _agree_on_checkpoint(root: Path) -> Checkpoint | None:
+    """The newest sound checkpoint as rank 0 sees it, for all ranks."""
+    found = newest_checkpoint(root) if dist.get_rank() == 0 else None
+    message: list[Checkpoint | None] = [found]
+    dist.broadcast_object_list(message)
+    return message[0]
+
+
+def _restore(
+    engine: Engine, checkpoint: Checkpoint, config: ImageConfig, manifest: Manifest
+) -> None:
+    loaded: dict[str, dict[str, torch.Tensor]] = {}
+
+    def tensor(kind: str, name: str) -> torch.Tensor:
+        if kind not in loaded:
+            loaded.clear()  # one kind in memory at a time
+            loaded[kind] = checkpoint.tensors(kind)
+        return loaded[kind][name]
+
+    def prime() -> torch.Tensor:
+        shape = (1, config.data.channels, config.data.resolution, config.data.resolution)
+        labels = None
+        if config.network.class_conditional:
+            labels = torch.zeros(1, manifest.num_classes, device=engine.device)
+        x = torch.zeros(shape, device=engine.device)
+        return engine(x, torch.ones(1, device=engine.device), class_labels=labels).sum()
+
+    engine.restore(tensor, checkpoint.state.optimizer_steps, prime)
+
+
+@torch.no_grad()
+def _copy_average(engine: Engine, network: torch.nn.Module) -> None:
+    """Averaged weights into `network`; the live ones before the first step. Collective."""
+    kind = "ema" if engine.optimizer_steps > 0 else WEIGHTS
+    targets = dict(network.named_parameters())
+    for name, tensor in engine.gather(kind):
+        targets[name].copy_(tensor)
+
+
+def _passes(
+    config: ImageConfig,
+    stream: Iterator[RawBatch],
+    schedule: list[MicroStep],
+    lanes: list[int],
+    manifest: Manifest,
+    device: torch.device,
+    step: int,
+) -> Iterator[list[Pass[ImageBatch]]]:
+    """Micro-steps of each training step: the rows of their lanes, and their random numbers."""
+    classes = manifest.num_classes if config.network.class_conditional else 0
+    first_row = {lane: index * config.lane_batch for index, lane in enumerate(lanes)}
+    for raw in stream:
+        passes = []
+        for micro in schedule:
+            start = first_row[micro.lanes[0]]
+            rows = slice(start, start + len(micro.lanes) * config.lane_batch)
+            passes.append(
+                Pass(
+                    image_batch(raw, rows, classes, device),
+                    BlockRng.for_lanes(config.run.seed, step, micro.lanes, device),
+                    micro.counts,
+                )
+            )
+        yield passes
+        step += 1
+
+
+def image_batch(raw: RawBatch, rows: slice, classes: int, device: torch.device) -> ImageBatch:
+    """Rows of a decoded batch on the device: images in [-1, 1], labels one-hot if `classes`."""
+    images = raw.images[rows].to(device, non_blocking=True).float() / 127.5 - 1.0
+    labels = None
+    if classes:
+        assert raw.labels is not None, "check_matches refuses shards without labels"
+        one_hot = torch.nn.functional.one_hot(raw.labels[rows], classes)
+        labels = one_hot.to(device, torch.float32, non_blocking=True)
+    return ImageBatch(images=images, class_labels=labels)
+
+
+class _Hooks:
+    """Records to MLflow and the progress bar (rank 0, which has the tracker), and checkpoints."""
+
+    def __init__(
+        self, config: ImageConfig, engine: Engine, tracking: RunHandle | None, state: TrainingState
+    ) -> None:
+        self._config, self._engine, self._yaml = config, engine, to_yaml(config)
+        self._every = max(1, round(config.checkpoint.every_images / config.train.batch))
+        self._tracker = Tracker(tracking) if tracking is not None else None
+        self._speeds: list[float] = []
+        self._bar = None
+        if dist.get_rank() == 0:
+            total = config.steps * config.train.batch
+            self._bar = tqdm_ray.tqdm(desc=config.run_name, total=total, unit="img")
+            self._bar.update(state.images_seen)
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Median over the records on rank 0, without the first one, which holds the warm-up."""
+        return statistics.median(self._speeds[1:]) if len(self._speeds) > 1 else None
+
+    def record(self, record: Record) -> None:
+        self._speeds.append(record.metrics["images_per_second"])
+        if self._tracker is not None:
+            self._tracker.log_metrics(
+                record.metrics | {"images_seen": float(record.images_seen)}, record.step
+            )
+        losses = [f"{k[5:]} {v:.4g}" for k, v in record.metrics.items() if k.startswith("loss/")]
+        speed = f"{record.metrics['images_per_second']:.0f} images/s"
+        if self._bar is not None:
+            self._bar.set_description(", ".join([self._config.run_name, *losses, speed]))
+
+    def after_step(self, state: TrainingState) -> None:
+        if self._bar is not None:
+            self._bar.update(self._config.train.batch)
+        if state.step % self._every == 0 or state.step == self._config.steps:
+            write_checkpoint(
+                self._config.run_folder / CHECKPOINTS,
+                self._engine,
+                state,
+                self._yaml,
+                keep_last=self._config.checkpoint.keep_last,
+            )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._tracker is not None:
+            self._tracker.close(timeout=10.0)

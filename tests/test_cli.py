@@ -1,0 +1,46 @@
+from cdm_ray.cli import run_job
+from cdm_ray.config import ConfigError, ImageConfig
+
+
+def call(arguments, main=lambda config, dry_run: None):
+    return run_job(
+        ImageConfig,
+        main,
+        description="Trains.",
+        examples="python job.py digits",
+        default_recipe="digits",
+        arguments=arguments,
+    )
+
+
+def test_recipe_overrides_and_dry_run_reach_the_job_in_any_order():
+    seen = []
+    for arguments in (
+        ["digits", "cp.weight=3", "--dry-run"],
+        ["--dry-run", "digits", "cp.weight=3"],
+        ["cp.weight=3", "--dry-run"],
+    ):
+        assert call(arguments, lambda config, dry_run: seen.append((config, dry_run))) == 0
+    assert all(dry_run and config.cp.weight == 3 for config, dry_run in seen)
+    assert len({config.run_name for config, _ in seen}) == 1
+
+
+def test_mistakes_are_one_line_on_stderr_and_exit_code_2(capsys):
+    assert call(["digits", "cp.wieght=3"]) == 2
+    assert capsys.readouterr().err == "error: cp.wieght: unknown key; did you mean cp.weight?\n"
+
+    def refuse(config, dry_run):
+        raise ConfigError("data.path=x: nothing there")
+
+    assert call([], refuse) == 2
+    assert capsys.readouterr().err == "error: data.path=x: nothing there\n"
+
+
+def test_help_shows_recipes_examples_and_every_field(capsys):
+    try:
+        call(["--help"])
+    except SystemExit as stop:
+        assert stop.code == 0
+    text = capsys.readouterr().out
+    for part in ("digits", "python job.py digits", "cp.weight = 0.0", "train.zero_stage = 1"):
+        assert part in text
