@@ -165,18 +165,17 @@ class CPConfig(Section):
     """Reverse SDE step (released code: euler_maruyama)."""
     fraction: Fraction = 0.25
     """Share of each lane's images that takes part; the cost is 3 + 6 * fraction forward passes per
-    image against 3 without CP, with one step and `reuse_d0`."""
+    image against 3 without CP, with one step and `reuse_d0`. Those images have no dropout."""
     estimator: Literal["product", "regress"] = "product"
-    """`product`: (D1 - D0).(D2 - D0) over two rollouts, an unbiased value. `regress`: one rollout as
-    a fixed target of D0, an unbiased gradient only."""
+    """`product`: (D1 - D0).(D2 - D0) over two rollouts, an unbiased value. `regress`: one rollout
+    as a fixed target of D0, an unbiased gradient only."""
     gradient: Literal["low", "high", "both"] = "low"
     """Side that learns: the low-noise ends (D0 detached; carries the truth down), the high-noise
     start (ends detached), or both (released code)."""
     sigma_weight: Literal["none", "edm"] = "none"
     """Weight over sigma: none (released code) or the w(sigma) of denoising score matching."""
     reuse_d0: bool = True
-    """Take D0 of the denoising loss as start of the pair and as the first rollout step. The images
-    that take part are then trained without dropout."""
+    """Use D0 as the first rollout step instead of evaluating it again (released code: false)."""
     rollout_weights: Literal["live", "ema"] = "live"
     """Weights that drive the rollouts."""
     sigma_min: Positive = 0.002
@@ -268,7 +267,7 @@ class RayConfig(Section):
     workers: Annotated[int, Field(ge=1)] = 2
     """Training workers."""
     address: str | None = None
-    """Ray cluster to join; None: the one of RAY_ADDRESS, else a local one that ends with the job."""
+    """Ray cluster to join; None: that of RAY_ADDRESS, else a local one that ends with the job."""
     use_gpu: bool | Literal["auto"] = "auto"
     """One GPU per worker; auto: if the cluster has any."""
     cpus_per_worker: Positive = 1
@@ -385,7 +384,8 @@ class ImageConfig(Section):
         if self.data.resolution % 2 ** (levels - 1):
             raise ValueError(
                 f"data.resolution={self.data.resolution} cannot be halved {levels - 1} times for "
-                f"the {levels} levels of network.channel_mult; use a multiple of {2 ** (levels - 1)}"
+                f"the {levels} levels of network.channel_mult; "
+                f"use a multiple of {2 ** (levels - 1)}"
             )
         if self.sampler.sigma_min >= self.sampler.sigma_max:
             raise ValueError(
@@ -394,13 +394,14 @@ class ImageConfig(Section):
             )
         if self.eval.extractor == "inception" and self.eval.extractor_file is None:
             raise ValueError(
-                "eval.extractor=inception needs eval.extractor_file, the TorchScript Inception file "
-                "(inception-2015-12-05.pt)"
+                "eval.extractor=inception needs eval.extractor_file, "
+                "the TorchScript Inception file (inception-2015-12-05.pt)"
             )
         if self.eval.extractor == "digits" and (self.data.resolution, self.data.channels) != (8, 1):
             raise ValueError(
                 f"eval.extractor=digits is for 8x8 greyscale images, not {self.data.resolution}x"
-                f"{self.data.resolution} with {self.data.channels} channels; use eval.extractor=inception"
+                f"{self.data.resolution} with {self.data.channels} channels; "
+                "use eval.extractor=inception"
             )
         return self
 
@@ -411,8 +412,8 @@ class ImageConfig(Section):
         share = cp.fraction * self.lane_batch
         if abs(share - round(share)) > 1e-9:
             raise ValueError(
-                f"cp.fraction={cp.fraction} of the {self.lane_batch} images that a lane has in a batch "
-                f"is not whole; use a multiple of 1/{self.lane_batch}"
+                f"cp.fraction={cp.fraction} of the {self.lane_batch} images that a lane has in "
+                f"a batch is not whole; use a multiple of 1/{self.lane_batch}"
             )
         if cp.window_kind == "relative" and cp.window > 1:
             raise ValueError(
@@ -424,10 +425,10 @@ class ImageConfig(Section):
                 f"cp.estimator=regress trains the high-noise start only: set cp.gradient=high "
                 f"(given: {cp.gradient})"
             )
-        if cp.rollout_weights == "ema" and cp.rollout_steps == 1 and cp.reuse_d0:
+        if cp.rollout_weights == "ema" and cp.reuse_d0:
             raise ValueError(
-                "cp.rollout_weights=ema with cp.rollout_steps=1 needs cp.reuse_d0=false: "
-                "the single step would otherwise be D0 of the live weights"
+                "cp.rollout_weights=ema needs cp.reuse_d0=false: "
+                "the first rollout step would otherwise be D0 of the live weights"
             )
 
 

@@ -1,4 +1,4 @@
-"""Train an image diffusion model with the Consistency Property, evaluate it, record it in MLflow."""
+"""Train an image diffusion model with the Consistency Property, and evaluate it."""
 
 import sys
 
@@ -23,8 +23,8 @@ def main(config: ImageConfig, dry_run: bool) -> None:
         print_plan(config)
         return
     with cluster.connected(config.ray):
-        result = run_images(config)
-    print_results([result.folder])
+        folder = run_images(config)
+    print_results([folder])
 
 
 if __name__ == "__main__":

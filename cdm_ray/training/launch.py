@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +16,19 @@ from cdm_ray.data.manifest import Manifest
 from cdm_ray.data.prepare import check_matches, ensure_prepared
 from cdm_ray.data.stream import iterate_images
 from cdm_ray.evaluation.evaluate import EvaluationResult, evaluate
-from cdm_ray.tracking import RunHandle, Tracker, finish_run, open_run
+from cdm_ray.report import RESULTS_FILE, RunSummary
+from cdm_ray.tracking import RunHandle, Tracker, finish_run, open_run, ui_command
 from cdm_ray.training.checkpoint import Checkpoint, newest_checkpoint
 from cdm_ray.training.loop import TrainingFailed
 from cdm_ray.training.worker import CHECKPOINTS, Assignment, train_worker
 
 CONFIG_FILE = "config.yaml"
-RESULTS_FILE = "results.json"
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """What a finished run leaves behind; also written to `results.json` in its folder."""
-
-    folder: Path
-    checkpoint: Path
-    evaluation: EvaluationResult
-    images_per_second: float | None
-    """Median while training; None if nothing was left to train."""
-    tracking: RunHandle
-
-
-def run_images(config: ImageConfig) -> RunResult:
+def run_images(config: ImageConfig) -> Path:
     """Train as configured, evaluate the averaged weights, record everything in MLflow.
 
-    Continues the run of the same name. Ray must be initialised. Raises ConfigError for a user's
+    Returns the run's folder, which then holds the results. Continues the run of the same name. Ray must be initialised. Raises ConfigError for a user's
     mistake and TrainingFailed when training stopped for good.
     """
     config = config.resolved()
@@ -57,19 +44,18 @@ def run_images(config: ImageConfig) -> RunResult:
     )
     status = "FAILED"
     try:
-        speed = _train(config, tracking, use_gpu)
+        speed = train(config, tracking, use_gpu=use_gpu)
         checkpoint = _final_checkpoint(config)
         evaluation = _evaluate(config, checkpoint, manifest)
         _record_evaluation(tracking, checkpoint, evaluation)
-        result = RunResult(config.run_folder, checkpoint.folder, evaluation, speed, tracking)
-        _write_results(config, result)
+        _save_summary(config, tracking, checkpoint, evaluation, speed)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
         finish_run(tracking, status)
-    return result
+    return config.run_folder
 
 
 def _claim_folder(config: ImageConfig) -> None:
@@ -94,15 +80,26 @@ def _claim_folder(config: ImageConfig) -> None:
     path.write_text(to_yaml(config))
 
 
-def _train(config: ImageConfig, tracking: RunHandle, use_gpu: bool) -> float | None:
-    """Run the workers to the last step; returns the median images per second."""
+def train(
+    config: ImageConfig,
+    tracking: RunHandle | None,
+    *,
+    use_gpu: bool = False,
+    worker: Callable[[dict[str, Assignment]], dict[str, Any]] = train_worker,
+) -> float | None:
+    """Run the workers to the last step, from the newest checkpoint of the (resolved) run.
+
+    Returns the median images per second, None if nothing was left to do or too little to tell.
+    `worker` is what every worker runs; another one is for tests and benchmarks, around
+    `train_worker`.
+    """
     newest = newest_checkpoint(config.run_folder / CHECKPOINTS)
     if newest is not None and newest.state.step >= config.steps:
         return None
     launch = f"{time.time_ns()}"
     resources = {"CPU": config.ray.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
     trainer = TorchTrainer(
-        train_worker,
+        worker,
         train_loop_config={
             "assignment": Assignment(config.model_dump(mode="json"), tracking, launch)
         },
@@ -164,15 +161,26 @@ def _record_evaluation(
         tracker.close(timeout=30.0)
 
 
-def _write_results(config: ImageConfig, result: RunResult) -> None:
-    path = config.run_folder / RESULTS_FILE
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    content = {
-        "run": config.run_name,
-        "checkpoint": str(result.checkpoint),
-        "images_per_second": result.images_per_second or before.get("images_per_second"),
-        "metrics": result.evaluation.metrics,
-        "grids": {name: str(p) for name, p in result.evaluation.grids.items()},
-        "figures": {name: str(p) for name, p in result.evaluation.figures.items()},
-    }
-    path.write_text(json.dumps(content, indent=1))
+def _save_summary(
+    config: ImageConfig,
+    tracking: RunHandle,
+    checkpoint: Checkpoint,
+    evaluation: EvaluationResult,
+    speed: float | None,
+) -> None:
+    folder = config.run_folder
+    if speed is None and (folder / RESULTS_FILE).is_file():
+        speed = RunSummary.load(folder).images_per_second  # evaluated again, not trained
+    RunSummary(
+        run=config.run_name,
+        recipe=config.recipe,
+        cp_weight=config.cp.weight,
+        seed=config.run.seed,
+        images=checkpoint.state.images_seen,
+        images_per_second=speed,
+        metrics=evaluation.metrics,
+        checkpoint=str(checkpoint.folder),
+        grids={name: str(path) for name, path in evaluation.grids.items()},
+        figures={name: str(path) for name, path in evaluation.figures.items()},
+        ui_command=ui_command(tracking),
+    ).save(folder)

@@ -1,0 +1,173 @@
+"""Training on Ray: what a kill, a restart and another number of workers change, namely nothing."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from cdm_ray import cluster
+from cdm_ray.config import ImageConfig, load_config
+from cdm_ray.data.prepare import ensure_prepared
+from cdm_ray.training import worker as worker_module
+from cdm_ray.training.checkpoint import newest_checkpoint
+from cdm_ray.training.engine import KINDS
+from cdm_ray.training.launch import train
+from cdm_ray.training.loop import TrainingFailed
+from cdm_ray.training.worker import CHECKPOINTS, train_worker
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+STEPS = 10
+KEYS = "keys"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, ray_cluster):
+    path = tmp_path_factory.mktemp("data") / "digits"
+    config = load_config(ImageConfig, "digits", [f"data.path={path}"])
+    ensure_prepared(config.data, cluster.map_tasks)
+    return path
+
+
+def tiny(data, folder, *overrides):
+    return load_config(
+        ImageConfig,
+        "digits",
+        [
+            f"data.path={data}",
+            f"run.storage={folder}",
+            "network.model_channels=8",
+            "train.batch=32",
+            f"train.images={32 * STEPS}",
+            "train.log_every=2",
+            "checkpoint.every_images=96",  # every 3 steps
+            *overrides,
+        ],
+    ).resolved()
+
+
+def final_tensors(config):
+    checkpoint = newest_checkpoint(config.run_folder / CHECKPOINTS)
+    assert checkpoint.state.step == STEPS
+    return {kind: checkpoint.tensors(kind) for kind in KINDS}
+
+
+class RecordingStream(worker_module.LaneStream):
+    """Writes the keys of every batch that training takes, one line for each step."""
+
+    def __iter__(self):
+        folder = Path(os.environ["CDM_TEST_FOLDER"]) / KEYS
+        folder.mkdir(exist_ok=True)
+        with (folder / f"{os.environ['RANK']}-{os.getpid()}.jsonl").open("a") as file:
+            for batch in super().__iter__():
+                file.write(json.dumps(batch.keys) + "\n")
+                file.flush()
+                yield batch
+
+
+def recording_worker(options):
+    folder = options["assignment"].config["run"]["storage"]
+    os.environ["CDM_TEST_FOLDER"] = folder
+    worker_module.LaneStream = RecordingStream
+    return train_worker(options)
+
+
+def killed_worker(options):
+    """As train_worker, but rank 1 dies by SIGKILL once, in the middle of a step."""
+    marker = Path(options["assignment"].config["run"]["storage"]) / "killed"
+    original = worker_module.ImageObjective.__call__
+
+    def objective(self, model, batch, rng, images_seen):
+        if images_seen == 32 * 7 and os.environ["RANK"] == "1" and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, model, batch, rng, images_seen)
+
+    worker_module.ImageObjective.__call__ = objective
+    return train_worker(options)
+
+
+def diverging_worker(options):
+    """As train_worker, but every loss is NaN; counts how often it was started."""
+    folder = Path(options["assignment"].config["run"]["storage"])
+    (folder / f"start-{os.getpid()}").touch()
+    original = worker_module.ImageObjective.__call__
+
+    def objective(self, model, batch, rng, images_seen):
+        terms = original(self, model, batch, rng, images_seen)
+        return {n: type(t)(t.value * float("nan"), t.weight) for n, t in terms.items()}
+
+    worker_module.ImageObjective.__call__ = objective
+    return train_worker(options)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    """Two workers, start to end: final tensors and the keys by step."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = tiny(data, folder)
+    train(config, None, worker=recording_worker)
+    return final_tensors(config), keys_by_step(folder)
+
+
+def keys_by_step(folder):
+    """Keys of each training step, in lane order, over all ranks. Prefetched steps are cut off."""
+    files = sorted((folder / KEYS).iterdir(), key=lambda path: int(path.name.split("-")[0]))
+    ranks = [[json.loads(line) for line in path.read_text().splitlines()] for path in files]
+    return [sum((rank[step] for rank in ranks), []) for step in range(STEPS)]
+
+
+def assert_bit_identical(told, expected):
+    for kind in KINDS:
+        for name in expected[kind]:
+            assert torch.equal(told[kind][name], expected[kind][name]), (kind, name)
+
+
+def test_killed_worker_changes_no_bit_of_the_result(data, tmp_path, undisturbed):
+    config = tiny(data, tmp_path)
+    train(config, None, worker=killed_worker)
+    assert (tmp_path / "killed").exists()
+    assert_bit_identical(final_tensors(config), undisturbed[0])
+
+
+def test_stopped_and_continued_run_changes_no_bit_of_the_result(data, tmp_path, undisturbed):
+    name = "run.name=two-parts"
+    train(tiny(data, tmp_path, name, f"train.images={32 * 5}"), None)
+    config = tiny(data, tmp_path, name)
+    train(config, None)
+    assert_bit_identical(final_tensors(config), undisturbed[0])
+    # and there is nothing left to do
+    assert train(config, None) is None
+
+
+def test_one_worker_sees_the_same_samples_and_learns_the_same(data, tmp_path, undisturbed):
+    config = tiny(data, tmp_path, "ray.workers=1")
+    train(config, None, worker=recording_worker)
+    tensors, keys = undisturbed
+    assert keys_by_step(tmp_path) == keys
+    told = final_tensors(config)
+    for kind in KINDS:
+        for name, expected in tensors[kind].items():
+            # ten Adam steps in float32 on sums of another order
+            torch.testing.assert_close(told[kind][name], expected, rtol=1e-3, atol=2e-5)
+
+
+def test_checkpoint_of_one_stage_continues_at_another(data, tmp_path, undisturbed):
+    name = "run.name=stages"
+    train(tiny(data, tmp_path, name, f"train.images={32 * 5}", "train.zero_stage=3"), None)
+    config = tiny(data, tmp_path, name, "train.zero_stage=2", "ray.workers=1")
+    train(config, None)
+    told = final_tensors(config)
+    for name, expected in undisturbed[0]["weights"].items():
+        torch.testing.assert_close(told["weights"][name], expected, rtol=1e-3, atol=2e-5)
+
+
+def test_divergence_ends_the_run_without_repeating_it(data, tmp_path):
+    config = tiny(data, tmp_path, "train.max_nonfinite_in_row=3", "ray.workers=1")
+    with pytest.raises(TrainingFailed, match="not finite for 3 steps in a row"):
+        train(config, None, worker=diverging_worker)
+    # the start that failed, and the one that found its message
+    assert len(list(tmp_path.glob("start-*"))) <= 2
