@@ -10,7 +10,7 @@ quickstart: .venv/installed
 	$(BIN)/python jobs/report.py digits
 
 ui: .venv/installed
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port 5000
+	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port 5000
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -43,7 +43,7 @@ def connected(config: RayConfig) -> Iterator[None]:
             address="local",
             num_cpus=max(os.cpu_count() or 1, config.workers),
             object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-            include_dashboard=False,
+            include_dashboard=True,  # on loopback; Train frees its workers through its state API
             **options,
         )
     try:
@@ -95,7 +95,7 @@ def map_tasks(
     that fails ends the map with that task's own exception.
     """
     shared = ray.put(function)
-    task = ray.remote(num_cpus=1, num_gpus=gpus_per_task)(_call)
+    task: Any = ray.remote(num_cpus=1, num_gpus=gpus_per_task)(_call)
     references = [task.remote(shared, item) for item in items]
     pending = list(references)
     with tqdm(total=len(items), desc=description, file=sys.stderr, dynamic_ncols=True) as bar:

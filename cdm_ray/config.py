@@ -387,6 +387,12 @@ class ImageConfig(Section):
                 f"the {levels} levels of network.channel_mult; "
                 f"use a multiple of {2 ** (levels - 1)}"
             )
+        resolutions = [self.data.resolution >> level for level in range(levels)]
+        if not set(self.network.attn_resolutions) <= set(resolutions):
+            raise ValueError(
+                f"network.attn_resolutions={list(self.network.attn_resolutions)}: the levels of "
+                f"the network have the resolutions {resolutions}; use some of these, or []"
+            )
         if self.sampler.sigma_min >= self.sampler.sigma_max:
             raise ValueError(
                 f"sampler.sigma_min={self.sampler.sigma_min} must be below "

@@ -88,14 +88,14 @@ def print_results(folders: Sequence[Path]) -> None:
 
 def _row(summary: RunSummary) -> dict[str, str]:
     metrics = summary.metrics
-    count = int(metrics["images"])
+    count = int(metrics["fd_images"])
     row = {
         "run": summary.run,
         "objective": f"DSM + {summary.cp_weight:g} CP" if summary.cp_weight else "DSM",
         "images": f"{summary.images:,}",
     }
     for name, value in metrics.items():
-        if name.startswith(("fd_", "fid_")):
+        if name.endswith(("_ode", "_sde")) and not name.startswith("nfe_"):
             row[f"{name} (n={count:,})"] = f"{value:.3f}"
     row["CP residual"] = f"{metrics['cp_residual']:.2e} ± {metrics['cp_residual_se']:.0e}"
     speed = summary.images_per_second

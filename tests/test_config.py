@@ -75,6 +75,7 @@ def test_round_trip_through_yaml_is_exact(recipe, tmp_path):
         ("cp.estimator=regress", "set cp.gradient=high"),
         ("cp.rollout_weights=ema", "needs cp.reuse_d0=false"),
         ("data.resolution=9", "data.resolution=9 cannot be halved 1 times"),
+        ("network.attn_resolutions=[16]", "the network have the resolutions [8, 4]"),
         ("eval.extractor=inception", "needs eval.extractor_file"),
         ("run.name=a/b", "'a/b' is no folder name"),
         ("sampler.sigma_min=90", "sampler.sigma_min=90.0 must be below"),

@@ -1,6 +1,6 @@
 """Networks: what is learned."""
 
-from cdm_ray.config import NetworkConfig
+from cdm_ray.config import ConfigError, NetworkConfig
 from cdm_ray.networks.ddpmpp import DDPMpp
 from cdm_ray.networks.precond import EDMPrecond
 
@@ -11,7 +11,20 @@ def build_network(
     """The configured network, its weights initialised from torch's global generator.
 
     `label_dim` 0 builds an unconditional network; `augment_dim` is 9 with EDM's augmentation.
+    Raises ConfigError for attention at a resolution that no level has, and for a conditional
+    network of data without labels.
     """
+    levels = [resolution >> level for level in range(len(config.channel_mult))]
+    if not set(config.attn_resolutions) <= set(levels):
+        raise ConfigError(
+            f"network.attn_resolutions={list(config.attn_resolutions)} at {resolution} pixels: "
+            f"the levels are {levels}; use some of these, or []"
+        )
+    if config.class_conditional and label_dim == 0:
+        raise ConfigError(
+            "network.class_conditional=true needs labels, and the data has none; "
+            "use data with labels, or network.class_conditional=false"
+        )
     network = DDPMpp(
         resolution=resolution,
         channels=channels,

@@ -31,6 +31,7 @@ class DDPMpp(torch.nn.Module):
         super().__init__()
         embedding = 4 * model_channels
         self.label_dim = label_dim
+        self.augment_dim = augment_dim
         self.map_noise = PositionalEmbedding(model_channels)
         self.map_label = linear(label_dim, model_channels) if label_dim else None
         self.map_augment = linear(augment_dim, model_channels, bias=False) if augment_dim else None
@@ -88,10 +89,19 @@ class DDPMpp(torch.nn.Module):
         augment_labels: torch.Tensor | None,
         dropout: Dropout | None,
     ) -> torch.Tensor:
-        """x [N, C, H, W], noise [N] (c_noise), one-hot class_labels [N, K] or None (no label),
-        augment_labels [N, A] or None (not augmented) -> F [N, C, H, W]."""
+        """x [N, C, H, W], noise [N] (c_noise), one-hot class_labels [N, K], augment_labels
+        [N, A] or None (not augmented) -> F [N, C, H, W].
+
+        Raises ValueError for labels that the network needs and lacks, or has no use for.
+        """
+        if (class_labels is None) != (self.label_dim == 0):
+            given = "none" if class_labels is None else "some"
+            raise ValueError(f"the network takes {self.label_dim} classes; class_labels: {given}")
+        if augment_labels is not None and self.augment_dim == 0:
+            raise ValueError("the network takes no augment_labels")
         embedding = self.map_noise(noise).to(x.dtype)
-        if self.map_label is not None and class_labels is not None:
+        if self.map_label is not None:
+            assert class_labels is not None
             # one-hot vectors of unit variance
             scaled = class_labels.to(x.dtype) * math.sqrt(self.label_dim)
             embedding = embedding + self.map_label(scaled)

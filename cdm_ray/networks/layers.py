@@ -25,8 +25,9 @@ def linear(in_features: int, out_features: int, *, bias: bool = True) -> torch.n
 
 
 def group_norm(channels: int) -> torch.nn.GroupNorm:
-    """At most 32 groups, of at least 4 channels each."""
-    return torch.nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    """As many groups as divide `channels`, at most 32, of at least 4 channels each."""
+    groups = max(g for g in range(1, min(32, channels // 4) + 1) if channels % g == 0)
+    return torch.nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class Conv(torch.nn.Conv2d):
@@ -110,7 +111,8 @@ class UNetBlock(torch.nn.Module):
         h = self.conv1(h)
         x = (h + (x if self.skip is None else self.skip(x))) * math.sqrt(0.5)
         if self.norm2 is not None:
-            x = (self.proj(self._attend(self.qkv(self.norm2(x)))) + x) * math.sqrt(0.5)
+            # x first: the sum takes the memory format of its first term.
+            x = (x + self.proj(self._attend(self.qkv(self.norm2(x))))) * math.sqrt(0.5)
         return x
 
     @staticmethod
@@ -118,9 +120,11 @@ class UNetBlock(torch.nn.Module):
         """Single-head attention over positions; the published weights interleave q, k and v by
         channel."""
         n, c, h, w = qkv.shape
-        q, k, v = qkv.reshape(n, c // 3, 3, h * w).permute(2, 0, 3, 1).unsqueeze(2).unbind(0)
+        parts = qkv.permute(0, 2, 3, 1).reshape(n, 1, h * w, c // 3, 3).permute(4, 0, 1, 2, 3)
+        # The fused kernels want each position's channels side by side.
+        q, k, v = parts.contiguous().unbind(0)
         a = F.scaled_dot_product_attention(q, k, v)
-        return a.squeeze(1).transpose(1, 2).reshape(n, c // 3, h, w)
+        return a.reshape(n, h, w, c // 3).permute(0, 3, 1, 2)
 
 
 class PositionalEmbedding(torch.nn.Module):

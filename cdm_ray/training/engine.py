@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -166,7 +166,7 @@ class Engine:
         else:
             # DeepSpeed's full setter fails where a parameter does not divide by the ranks; the
             # local one takes this rank's share, zero-padded at the end.
-            share = parameter.ds_tensor.numel()
+            share = cast(Any, parameter).ds_tensor.numel()
             padded = torch.nn.functional.pad(
                 value.flatten(), (0, share * dist.get_world_size() - value.numel())
             )

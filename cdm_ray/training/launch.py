@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
+import ray.train.torch
 
 from cdm_ray import cluster
 from cdm_ray.config import NOT_LEARNED, ConfigError, ImageConfig, flatten, load_config, to_yaml
-from cdm_ray.data.manifest import Manifest
-from cdm_ray.data.prepare import check_matches, ensure_prepared
-from cdm_ray.data.stream import iterate_images
+from cdm_ray.data.manifest import Manifest, check_matches
+from cdm_ray.data.prepare import ensure_prepared
 from cdm_ray.evaluation.evaluate import EvaluationResult, evaluate
 from cdm_ray.report import RESULTS_FILE, RunSummary
-from cdm_ray.tracking import RunHandle, Tracker, finish_run, open_run, ui_command
+from cdm_ray.tracking import EndStatus, RunHandle, Tracker, finish_run, open_run, ui_command
 from cdm_ray.training.checkpoint import Checkpoint, newest_checkpoint
 from cdm_ray.training.loop import TrainingFailed
 from cdm_ray.training.worker import CHECKPOINTS, Assignment, train_worker
@@ -28,8 +27,9 @@ CONFIG_FILE = "config.yaml"
 def run_images(config: ImageConfig) -> Path:
     """Train as configured, evaluate the averaged weights, record everything in MLflow.
 
-    Returns the run's folder, which then holds the results. Continues the run of the same name. Ray must be initialised. Raises ConfigError for a user's
-    mistake and TrainingFailed when training stopped for good.
+    Returns the run's folder, which then holds the results. Continues the run of the same name. Ray
+    must be initialised. Raises ConfigError for a user's mistake and TrainingFailed when training
+    stopped for good.
     """
     config = config.resolved()
     use_gpu = cluster.uses_gpu(config.ray)
@@ -42,7 +42,7 @@ def run_images(config: ImageConfig) -> Path:
         run_name=config.run_name,
         run_folder=config.run_folder,
     )
-    status = "FAILED"
+    status: EndStatus = "FAILED"
     try:
         speed = train(config, tracking, use_gpu=use_gpu)
         checkpoint = _final_checkpoint(config)
@@ -98,24 +98,27 @@ def train(
         return None
     launch = f"{time.time_ns()}"
     resources = {"CPU": config.ray.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
-    trainer = TorchTrainer(
+    api: Any = ray.train  # typed as Train V1, while V2 is what runs
+    trainer = api.torch.TorchTrainer(
         worker,
         train_loop_config={
-            "assignment": Assignment(config.model_dump(mode="json"), tracking, launch)
+            "assignment": Assignment(
+                config.model_dump(mode="json"), tracking, launch, sys.stderr.isatty()
+            )
         },
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
+        torch_config=api.torch.TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=api.ScalingConfig(
             num_workers=config.ray.workers, use_gpu=use_gpu, resources_per_worker=resources
         ),
-        run_config=ray.train.RunConfig(
+        run_config=api.RunConfig(
             # Ray resumes by this name; our own checkpoints decide where a run goes on instead.
             name=launch,
             storage_path=str(config.run_folder / "ray"),
-            failure_config=ray.train.FailureConfig(max_failures=config.ray.max_failures),
+            failure_config=api.FailureConfig(max_failures=config.ray.max_failures),
             worker_runtime_env={"env_vars": {} if use_gpu else {"DS_ACCELERATOR": "cpu"}},
         ),
     )
-    outcome: Any = trainer.fit().return_value
+    outcome: dict[str, Any] = trainer.fit().return_value
     if "fatal" in outcome:
         raise TrainingFailed(outcome["fatal"])
     return outcome["images_per_second"]
@@ -136,7 +139,6 @@ def _evaluate(config: ImageConfig, checkpoint: Checkpoint, manifest: Manifest) -
         config,
         checkpoint.tensors("ema"),
         manifest,
-        iterate_images(config.data, manifest, config.eval.batch),
         cache_folder=Path(config.run.storage) / "reference",
         out_folder=config.run_folder / "evaluation" / checkpoint.folder.name,
         map_tasks=cluster.map_tasks,
@@ -155,7 +157,7 @@ def _record_evaluation(
         for name, path in evaluation.grids.items():
             tracker.log_image(path, f"samples_{name}", step)
         for path in evaluation.figures.values():
-            tracker.log_artifact(path, "figures")
+            tracker.log_figure(path)
         tracker.set_tag("checkpoint", str(checkpoint.folder))
     finally:
         tracker.close(timeout=30.0)

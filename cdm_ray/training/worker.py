@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import statistics
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,7 +20,8 @@ from ray.experimental import tqdm_ray
 
 from cdm_ray.config import ConfigError, ImageConfig, build_config, to_yaml
 from cdm_ray.data.manifest import Manifest
-from cdm_ray.data.stream import DataError, LaneStream, RawBatch
+from cdm_ray.data.shards import DataError
+from cdm_ray.data.stream import LaneStream, RawBatch
 from cdm_ray.networks import build_network
 from cdm_ray.networks.precond import EDMPrecond
 from cdm_ray.objectives.base import ImageBatch
@@ -49,6 +52,8 @@ class Assignment:
     tracking: RunHandle | None
     launch: str
     """Identity of this launch: a restart within it does not repeat a fatal error."""
+    progress_bar: bool = False
+    """A bar on the driver's terminal; else a line for each record, for logs."""
 
 
 def train_worker(options: dict[str, Assignment]) -> dict[str, Any]:
@@ -110,7 +115,7 @@ def _train(config: ImageConfig, assignment: Assignment) -> float | None:
         rollout_model=rollout_network,
     )
     lanes = [lane for micro in schedule if micro.counts for lane in micro.lanes]
-    hooks = _Hooks(config, engine, assignment.tracking if rank == 0 else None, state)
+    hooks = _Hooks(config, engine, assignment, state)
     with (
         closing(hooks),
         LaneStream(
@@ -236,21 +241,51 @@ def image_batch(raw: RawBatch, rows: slice, classes: int, device: torch.device) 
     return ImageBatch(images=images, class_labels=labels)
 
 
+class _Progress:
+    """How far the run is, for the person who waits: a bar, or lines in a log."""
+
+    def __init__(self, name: str, state: TrainingState, last_step: int, *, bar: bool) -> None:
+        self._name, self._last_step = name, last_step
+        self._first_step, self._started = state.step, time.perf_counter()
+        self._bar = tqdm_ray.tqdm(desc=name, total=last_step, unit="step") if bar else None
+        if self._bar is not None:
+            self._bar.update(state.step)
+
+    def advance(self) -> None:
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def show(self, record: Record) -> None:
+        losses = [f"{k[5:]} {v:.4g}" for k, v in record.metrics.items() if k.startswith("loss/")]
+        parts = [self._name, *losses, f"{record.metrics['images_per_second']:.0f} images/s"]
+        if self._bar is not None:
+            self._bar.set_description(", ".join(parts))
+            return
+        per_step = (time.perf_counter() - self._started) / (record.step - self._first_step)
+        left = datetime.timedelta(seconds=round(per_step * (self._last_step - record.step)))
+        parts.insert(1, f"step {record.step}/{self._last_step}")
+        print(", ".join([*parts, f"{left} left"]), flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
 class _Hooks:
-    """Records to MLflow and the progress bar (rank 0, which has the tracker), and checkpoints."""
+    """Checkpoints, on every rank; records to MLflow and progress on rank 0."""
 
     def __init__(
-        self, config: ImageConfig, engine: Engine, tracking: RunHandle | None, state: TrainingState
+        self, config: ImageConfig, engine: Engine, assignment: Assignment, state: TrainingState
     ) -> None:
         self._config, self._engine, self._yaml = config, engine, to_yaml(config)
         self._every = max(1, round(config.checkpoint.every_images / config.train.batch))
-        self._tracker = Tracker(tracking) if tracking is not None else None
         self._speeds: list[float] = []
-        self._bar = None
+        self._tracker, self._progress = None, None
         if dist.get_rank() == 0:
-            total = config.steps * config.train.batch
-            self._bar = tqdm_ray.tqdm(desc=config.run_name, total=total, unit="img")
-            self._bar.update(state.images_seen)
+            bar = assignment.progress_bar
+            self._progress = _Progress(config.run_name, state, config.steps, bar=bar)
+            if assignment.tracking is not None:
+                self._tracker = Tracker(assignment.tracking)
 
     @property
     def images_per_second(self) -> float | None:
@@ -263,14 +298,12 @@ class _Hooks:
             self._tracker.log_metrics(
                 record.metrics | {"images_seen": float(record.images_seen)}, record.step
             )
-        losses = [f"{k[5:]} {v:.4g}" for k, v in record.metrics.items() if k.startswith("loss/")]
-        speed = f"{record.metrics['images_per_second']:.0f} images/s"
-        if self._bar is not None:
-            self._bar.set_description(", ".join([self._config.run_name, *losses, speed]))
+        if self._progress is not None:
+            self._progress.show(record)
 
     def after_step(self, state: TrainingState) -> None:
-        if self._bar is not None:
-            self._bar.update(self._config.train.batch)
+        if self._progress is not None:
+            self._progress.advance()
         if state.step % self._every == 0 or state.step == self._config.steps:
             write_checkpoint(
                 self._config.run_folder / CHECKPOINTS,
@@ -281,7 +314,7 @@ class _Hooks:
             )
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        if self._progress is not None:
+            self._progress.close()
         if self._tracker is not None:
             self._tracker.close(timeout=10.0)

@@ -1,9 +1,6 @@
 """Training on Ray: what a kill, a restart and another number of workers change, namely nothing."""
 
 import json
-import os
-import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,17 +8,16 @@ import torch
 from cdm_ray import cluster
 from cdm_ray.config import ImageConfig, load_config
 from cdm_ray.data.prepare import ensure_prepared
-from cdm_ray.training import worker as worker_module
 from cdm_ray.training.checkpoint import newest_checkpoint
 from cdm_ray.training.engine import KINDS
 from cdm_ray.training.launch import train
 from cdm_ray.training.loop import TrainingFailed
-from cdm_ray.training.worker import CHECKPOINTS, train_worker
+from cdm_ray.training.worker import CHECKPOINTS
+from tests.cluster.workers import KEYS, diverging_worker, killed_worker, recording_worker
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 STEPS = 10
-KEYS = "keys"
 
 
 @pytest.fixture(scope="module")
@@ -55,55 +51,6 @@ def final_tensors(config):
     return {kind: checkpoint.tensors(kind) for kind in KINDS}
 
 
-class RecordingStream(worker_module.LaneStream):
-    """Writes the keys of every batch that training takes, one line for each step."""
-
-    def __iter__(self):
-        folder = Path(os.environ["CDM_TEST_FOLDER"]) / KEYS
-        folder.mkdir(exist_ok=True)
-        with (folder / f"{os.environ['RANK']}-{os.getpid()}.jsonl").open("a") as file:
-            for batch in super().__iter__():
-                file.write(json.dumps(batch.keys) + "\n")
-                file.flush()
-                yield batch
-
-
-def recording_worker(options):
-    folder = options["assignment"].config["run"]["storage"]
-    os.environ["CDM_TEST_FOLDER"] = folder
-    worker_module.LaneStream = RecordingStream
-    return train_worker(options)
-
-
-def killed_worker(options):
-    """As train_worker, but rank 1 dies by SIGKILL once, in the middle of a step."""
-    marker = Path(options["assignment"].config["run"]["storage"]) / "killed"
-    original = worker_module.ImageObjective.__call__
-
-    def objective(self, model, batch, rng, images_seen):
-        if images_seen == 32 * 7 and os.environ["RANK"] == "1" and not marker.exists():
-            marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, model, batch, rng, images_seen)
-
-    worker_module.ImageObjective.__call__ = objective
-    return train_worker(options)
-
-
-def diverging_worker(options):
-    """As train_worker, but every loss is NaN; counts how often it was started."""
-    folder = Path(options["assignment"].config["run"]["storage"])
-    (folder / f"start-{os.getpid()}").touch()
-    original = worker_module.ImageObjective.__call__
-
-    def objective(self, model, batch, rng, images_seen):
-        terms = original(self, model, batch, rng, images_seen)
-        return {n: type(t)(t.value * float("nan"), t.weight) for n, t in terms.items()}
-
-    worker_module.ImageObjective.__call__ = objective
-    return train_worker(options)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(data, tmp_path_factory):
     """Two workers, start to end: final tensors and the keys by step."""
@@ -114,7 +61,7 @@ def undisturbed(data, tmp_path_factory):
 
 
 def keys_by_step(folder):
-    """Keys of each training step, in lane order, over all ranks. Prefetched steps are cut off."""
+    """Keys of each training step, in lane order, over all ranks."""
     files = sorted((folder / KEYS).iterdir(), key=lambda path: int(path.name.split("-")[0]))
     ranks = [[json.loads(line) for line in path.read_text().splitlines()] for path in files]
     return [sum((rank[step] for rank in ranks), []) for step in range(STEPS)]
