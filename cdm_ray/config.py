@@ -102,8 +102,9 @@ class DataConfig(Section):
     lanes: Annotated[int, Field(ge=1)] = 16
     """Parts of the global batch with their own data order and random numbers; a power of two. The
     result of a run depends on it, and not on the number of workers, which may be at most this."""
-    decode_threads: Annotated[int, Field(ge=1)] = 2
-    """Background threads of each worker that read and decode shards."""
+    decode_threads: Annotated[int, Field(ge=1)] = 1
+    """Background threads of each worker that decode images, and as many that fetch shards; more
+    than one only pays for large images."""
     prefetch: Annotated[int, Field(ge=1)] = 4
     """Batches decoded ahead of the training step."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
@@ -180,6 +181,25 @@ class CPConfig(Section):
     """Weights that drive the rollouts."""
     sigma_min: Positive = 0.002
     """Lowest sigma' of a pair."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.window_kind == "relative" and self.window > 1:
+            raise ValueError(
+                f"cp.window={self.window} as a share of sigma must be at most 1; "
+                "or set cp.window_kind=absolute"
+            )
+        if self.estimator == "regress" and self.gradient != "high":
+            raise ValueError(
+                "cp.estimator=regress trains the high-noise start only: set cp.gradient=high "
+                f"(given: {self.gradient})"
+            )
+        if self.rollout_weights == "ema" and self.reuse_d0:
+            raise ValueError(
+                "cp.rollout_weights=ema needs cp.reuse_d0=false: "
+                "the first rollout step would otherwise be D0 of the live weights"
+            )
+        return self
 
 
 class TrainConfig(Section):
@@ -421,21 +441,6 @@ class ImageConfig(Section):
                 f"cp.fraction={cp.fraction} of the {self.lane_batch} images that a lane has in "
                 f"a batch is not whole; use a multiple of 1/{self.lane_batch}"
             )
-        if cp.window_kind == "relative" and cp.window > 1:
-            raise ValueError(
-                f"cp.window={cp.window} as a share of sigma must be at most 1; "
-                "or set cp.window_kind=absolute"
-            )
-        if cp.estimator == "regress" and cp.gradient != "high":
-            raise ValueError(
-                f"cp.estimator=regress trains the high-noise start only: set cp.gradient=high "
-                f"(given: {cp.gradient})"
-            )
-        if cp.rollout_weights == "ema" and cp.reuse_d0:
-            raise ValueError(
-                "cp.rollout_weights=ema needs cp.reuse_d0=false: "
-                "the first rollout step would otherwise be D0 of the live weights"
-            )
 
 
 def _absolute(path: str) -> str:
@@ -552,7 +557,7 @@ def _explain(root: type[Section], error: dict[str, Any]) -> str:
         return f"{key}: unknown key{_nearest_key(root, location)}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
-        return f"{key}: {message}" if key else message
+        return message if message.startswith(key) else f"{key}: {message}"
     section = next((p for p in root.model_fields if p == key), None)
     if section is not None and not isinstance(error["input"], dict):
         message = "is a section; set its fields, e.g. " + _example_field(root, section)

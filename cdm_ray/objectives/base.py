@@ -1,28 +1,28 @@
-"""What objectives take and give."""
+"""What an objective takes and gives."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of a loss."""
+    """One summand of the loss, minimised as weight * value / global batch."""
 
-    value: torch.Tensor
-    """Scalar: sum over the local samples. Divided by the global batch it is the mean loss."""
+    value: Tensor
+    """Sum over the local samples, 0-dim: dividing by the global batch gives the mean loss."""
     weight: float
 
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images of whole lanes, lane after lane, on the device of the model."""
+    """Samples of some lanes, lane-major: block b of the BlockRng owns the b-th equal part."""
 
-    images: torch.Tensor
-    """[N, C, H, W] float32 in [-1, 1]."""
-    class_labels: torch.Tensor | None = None
-    """[N, K] float32 one-hot."""
-    augment_labels: torch.Tensor | None = None
-    """[N, A] float32."""
+    images: Tensor
+    """[n, C, H, W] float32 in [-1, 1]."""
+    class_labels: Tensor | None = None
+    """[n, K] one-hot float32; None: unconditional."""
+    augment_labels: Tensor | None = None
+    """[n, A]; None: not augmented."""

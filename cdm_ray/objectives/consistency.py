@@ -1,39 +1,52 @@
-"""The consistency kernel: a field phi agrees with itself along the model's own paths,
-`phi(s, X_s) = E[phi(t, X_t) | X_s]`.
+"""The consistency kernel behind every self-consistency loss.
 
-Two estimators of how far it does not, per sample, from phi at the start of paths and at their ends.
+A field phi is consistent along a process X when phi(s, X_s) = E[phi(t, X_t) | X_s] on the model's
+own paths. phi0 is the field at the start of a path, the others are its values at ends of
+independent paths from that start; all [N, ...], and a result [N] sums over everything else.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
-
-Side = Literal["low", "high", "both"]
-"""Which end of a pair learns: the low-noise ends, the high-noise start, or both."""
+from torch import Tensor
 
 
-def product(
-    start: torch.Tensor, end_1: torch.Tensor, end_2: torch.Tensor, gradient: Side
-) -> torch.Tensor:
-    """`(phi_1 - phi_0) . (phi_2 - phi_0)` [N] over two independent paths from the same start.
+@dataclass(frozen=True)
+class LearningSide:
+    """Which side of a pair gets gradient; the one place where a side is cut off."""
 
-    Its mean is exactly `|E[phi(t, X_t) | X_s] - phi_0|^2`, without the variance of the paths that
-    a single path (or the square of a mean over paths) would add; single values may be negative.
-    All arguments [N, ...].
-    """
-    if gradient == "low":
-        start = start.detach()
-    elif gradient == "high":
-        end_1, end_2 = end_1.detach(), end_2.detach()
-    return ((end_1 - start) * (end_2 - start)).flatten(1).sum(1)
+    start: bool
+    end: bool
+
+    def at_start(self, phi0: Tensor) -> Tensor:
+        """phi0, detached unless the start learns."""
+        return phi0 if self.start else phi0.detach()
+
+    def evaluating_end(self) -> AbstractContextManager[object]:
+        """Context for evaluating the field at the ends: without gradient unless they learn."""
+        return nullcontext() if self.end else torch.no_grad()
 
 
-def regress(start: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """`|phi_0 - sg target|^2` [N] with one path's end as the target.
+LEARNING_SIDES = {
+    "low": LearningSide(start=False, end=True),
+    "high": LearningSide(start=True, end=False),
+    "both": LearningSide(start=True, end=True),
+}
+"""By the names that the configuration uses: the low-noise ends, the high-noise start, both."""
 
-    The gradient to phi_0 is unbiased; the value holds the variance of the target and is no
-    residual.
-    """
-    return ((start - target.detach()) ** 2).flatten(1).sum(1)
+
+def product(phi0: Tensor, phi1: Tensor, phi2: Tensor) -> Tensor:
+    """(phi1 - phi0).(phi2 - phi0), [N]: two independent paths from one start give an unbiased
+    estimate of |E[phi1] - phi0|^2, which may be negative. (A single path, squared, would add the
+    variance of phi1; the square of a mean over K paths a K-th of it.)"""
+    return ((phi1 - phi0) * (phi2 - phi0)).flatten(1).sum(1)
+
+
+def regress(phi0: Tensor, target: Tensor) -> Tensor:
+    """|phi0 - target|^2 with the target fixed, [N]. With phi at the end of one path as target, the
+    gradient is unbiased for that of |phi0 - E[target]|^2; the value also holds the variance of the
+    target and is no residual."""
+    return ((phi0 - target.detach()) ** 2).flatten(1).sum(1)

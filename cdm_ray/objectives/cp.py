@@ -1,5 +1,6 @@
-"""The Consistency Property (Daras et al. 2023): along the model's own reverse SDE the denoiser is a
-martingale, `E[D(x_sigma'; sigma') | x_sigma] = D(x_sigma; sigma)`.
+"""The Consistency Property of denoisers (Daras et al. 2023, Consistent Diffusion Models,
+arXiv 2302.09057): along the model's own reverse SDE the denoiser is a martingale,
+E[D(x'; sigma') | x] = D(x; sigma) for sigma' < sigma.
 """
 
 from __future__ import annotations
@@ -8,112 +9,148 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from cdm_ray.config import CPConfig
-from cdm_ray.objectives.consistency import product, regress
-from cdm_ray.processes.edm import REVERSE_STEPS, rho_spacing
+from cdm_ray.config import ConfigError, CPConfig
+from cdm_ray.objectives.consistency import LEARNING_SIDES, product, regress
+from cdm_ray.objectives.dsm import edm_weight
+from cdm_ray.processes.edm import REVERSE_STEPS, rho_levels
 from cdm_ray.processes.rollout import rollout
 from cdm_ray.randomness import BlockRng
 
-GRID_RHO = 7.0
-"""Spacing of the steps within a rollout, as in the released code."""
+RHO = 7.0
+"""Spacing of the levels inside a rollout (Karras et al. 2022, equation 5)."""
+ROLLOUTS = {"product": 2, "regress": 1}
+"""Independent rollouts per image that each estimator needs."""
+Denoiser = Callable[..., Tensor]
+"""model(x, sigma, class_labels=..., augment_labels=...) -> D, without dropout."""
 
-Denoiser = Callable[..., torch.Tensor]
-"""D(x, sigma, class_labels, augment_labels) without dropout."""
+
+def forward_units(config: CPConfig) -> float:
+    """Cost of a training image, denoising score matching included: a forward pass counts 1, one
+    with its backward pass 3."""
+    if config.weight == 0:
+        return 3.0
+    end = 3 if LEARNING_SIDES[config.gradient].end else 1
+    evaluated = config.rollout_steps - config.reuse_d0
+    return 3 + config.fraction * ROLLOUTS[config.estimator] * (evaluated + end)
 
 
 @dataclass(frozen=True)
 class Starts:
-    """Noisy images from which rollouts start, and what the network says of them."""
+    """Where rollouts may begin: the denoising step's rows, or some of them."""
 
-    x: torch.Tensor
-    """[M, C, H, W]"""
-    sigma: torch.Tensor
-    """[M]"""
-    denoised: torch.Tensor
-    """D0 = D(x; sigma) [M, C, H, W], without dropout."""
-    class_labels: torch.Tensor | None = None
-    augment_labels: torch.Tensor | None = None
+    x: Tensor
+    """Noisy images [n, ...]."""
+    sigma: Tensor
+    """Their noise levels [n]."""
+    denoised: Tensor
+    """D0 = D(x; sigma) of the live weights, with gradient, without dropout on rows that take
+    part."""
+    class_labels: Tensor | None
+    augment_labels: Tensor | None
 
-    def labels(self, repeats: int = 1) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Labels for `repeats` copies of the images, one after the other."""
-        both = (self.class_labels, self.augment_labels)
-        cls, aug = (None if t is None else torch.cat([t] * repeats) for t in both)
-        return cls, aug
-
-
-def participants(rows: int, lanes: int, fraction: float, device: torch.device) -> torch.Tensor:
-    """bool [rows]: the first `fraction` of each lane's rows. Their order in the stream is random,
-    so that is a random share of the images."""
-    per_lane = rows // lanes
-    taken = torch.arange(per_lane, device=device) < round(fraction * per_lane)
-    return taken.repeat(lanes)
-
-
-def lower_sigma(cp: CPConfig, sigma: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """sigma' [M] below sigma [M] for uniform [M] in [0, 1).
-
-    Floored at cp.sigma_min; where sigma itself is below that, sigma' = sigma: a pair of no length,
-    whose loss is 0.
-    """
-    share = 1 - uniform  # (0, 1]
-    down = share * cp.window * (sigma if cp.window_kind == "relative" else 1.0)
-    return torch.minimum((sigma - down).clamp(min=cp.sigma_min), sigma)
-
-
-def simulate(
-    denoiser: Denoiser,
-    starts: Starts,
-    sigma_next: torch.Tensor,
-    cp: CPConfig,
-    rng: BlockRng,
-) -> torch.Tensor:
-    """Ends [M, C, H, W] at sigma_next [M] of one rollout from each start. No gradient."""
-    times = rho_spacing(starts.sigma, sigma_next, cp.rollout_steps, GRID_RHO)
-    with torch.no_grad():
-        return rollout(
-            lambda x, sigma: denoiser(x, sigma, *starts.labels()),
-            REVERSE_STEPS[cp.step_kind],
-            starts.x,
-            times,
-            lambda: rng.normal(*starts.x.shape),
-            first_field=starts.denoised.detach() if cp.reuse_d0 else None,
+    def map(self, function: Callable[[Tensor], Tensor]) -> Starts:
+        """`function` applied to every tensor."""
+        labels, augment = self.class_labels, self.augment_labels
+        return Starts(
+            function(self.x),
+            function(self.sigma),
+            function(self.denoised),
+            None if labels is None else function(labels),
+            None if augment is None else function(augment),
         )
 
 
-def residual(
-    denoiser: Denoiser,
-    starts: Starts,
-    sigma_next: torch.Tensor,
-    cp: CPConfig,
-    rng: BlockRng,
-    *,
-    rollout_denoiser: Denoiser | None = None,
-) -> torch.Tensor:
-    """CP loss [M], summed over C, H, W: of `cp.estimator`, with the gradient of `cp.gradient`.
+class ConsistencyProperty:
+    """The loss of pairs (x at sigma, ends of own rollouts from x at sigma').
 
-    With the product estimator its mean is the squared CP gap of the rollout's own transition.
+    The first rows of each block, a share `config.fraction`, take part. D0 is that of the denoising
+    loss, so that it costs nothing; `reuse_d0` also makes it the first step of the rollouts, which
+    is the same number again unless `rollout_model` drives them. Neither rollouts nor ends have
+    dropout.
+
+    `rollout_model`: the averaged network, for `config.rollout_weights=ema`.
     """
-    driver = rollout_denoiser or denoiser
-    paths = 2 if cp.estimator == "product" else 1
-    ends = torch.cat([simulate(driver, starts, sigma_next, cp, rng) for _ in range(paths)])
-    # One call for both ends; where they do not learn, no graph is built.
-    with torch.set_grad_enabled(torch.is_grad_enabled() and cp.gradient != "high"):
-        denoised = denoiser(ends, torch.cat([sigma_next] * paths), *starts.labels(paths))
-    if cp.estimator == "regress":
-        return regress(starts.denoised, denoised)
-    end_1, end_2 = denoised.chunk(2)
-    return product(starts.denoised, end_1, end_2, cp.gradient)
 
+    def __init__(
+        self, config: CPConfig, sigma_data: float, rollout_model: Denoiser | None = None
+    ) -> None:
+        if (config.rollout_weights == "ema") != (rollout_model is not None):
+            raise ConfigError(
+                f"cp.rollout_weights={config.rollout_weights} with"
+                f"{'out' if rollout_model is None else ''} a rollout_model; "
+                "pass the averaged network for ema, and only then"
+            )
+        self.config, self.sigma_data, self.rollout_model = config, sigma_data, rollout_model
+        self.learning = LEARNING_SIDES[config.gradient]
+        self.step = REVERSE_STEPS[config.step_kind]
 
-def forward_units(cp: CPConfig) -> float:
-    """Cost of a training step per image in forward passes, forward + backward counting 3.
+    def rows_taking_part(self, n: int, blocks: int) -> int:
+        """How many rows of each block take part in a batch of n."""
+        rows = round(self.config.fraction * n / blocks)
+        if rows == 0:
+            raise ConfigError(
+                f"cp.fraction={self.config.fraction} of {n // blocks} images per lane is none; "
+                f"use at least {blocks / n:g}"
+            )
+        return rows
 
-    Denoising score matching alone costs 3.
-    """
-    if cp.weight == 0:
-        return 3.0
-    paths = 2 if cp.estimator == "product" else 1
-    rollouts = paths * (cp.rollout_steps - cp.reuse_d0)
-    ends = paths * (1 if cp.gradient == "high" else 3)
-    return 3 + cp.fraction * (rollouts + ends)
+    def taking_part(self, n: int, rng: BlockRng) -> Tensor:
+        """bool [n]: the rows that take part."""
+        mask = torch.zeros(rng.blocks, n // rng.blocks, dtype=torch.bool, device=rng.device)
+        mask[:, : self.rows_taking_part(n, rng.blocks)] = True
+        return mask.flatten()
+
+    def draw_ends(self, sigma: Tensor, rng: BlockRng) -> Tensor:
+        """sigma' [m] <= sigma [m], at least sigma_min.
+
+        A start at or below sigma_min gets sigma' = sigma: its pair is a single point, with loss
+        and gradient 0.
+        """
+        drop = (1 - rng.uniform(len(sigma))) * self.config.window
+        if self.config.window_kind == "relative":
+            drop = drop * sigma
+        return torch.minimum((sigma - drop).clamp(min=self.config.sigma_min), sigma)
+
+    def __call__(self, model: Denoiser, starts: Starts, rng: BlockRng) -> Tensor:
+        """Loss of each row that takes part, [m], summed over C, H, W; `starts` is the whole batch.
+
+        The draws are the blocks' own: sigma', then the noise of each step, rollout by rollout.
+        """
+        rows = self.rows_taking_part(len(starts.x), rng.blocks)
+        starts = starts.map(lambda t: t.unflatten(0, (rng.blocks, -1))[:, :rows].flatten(0, 1))
+        sigma_end = self.draw_ends(starts.sigma, rng)
+        ends = self._denoised_ends(model, starts, sigma_end, rng)
+        d0 = self.learning.at_start(starts.denoised)
+        values = product(d0, *ends) if self.config.estimator == "product" else regress(d0, *ends)
+        if self.config.sigma_weight == "edm":
+            values = values * edm_weight(starts.sigma, self.sigma_data)
+        return values
+
+    def _denoised_ends(
+        self, model: Denoiser, starts: Starts, sigma_end: Tensor, rng: BlockRng
+    ) -> tuple[Tensor, ...]:
+        """D at the ends of independent rollouts, one network call for all."""
+        config, copies = self.config, ROLLOUTS[self.config.estimator]
+        times = rho_levels(starts.sigma, sigma_end, config.rollout_steps + 1, RHO)
+        times = times.to(starts.sigma.dtype).repeat(1, copies)
+        begin = starts.map(lambda t: torch.cat([t] * copies))
+        driver = model if self.rollout_model is None else self.rollout_model
+
+        def denoise(network: Denoiser, x: Tensor, sigma: Tensor) -> Tensor:
+            return network(
+                x, sigma, class_labels=begin.class_labels, augment_labels=begin.augment_labels
+            )
+
+        with torch.no_grad():
+            x = rollout(
+                lambda x, sigma: denoise(driver, x, sigma),
+                self.step,
+                begin.x,
+                times,
+                lambda: torch.cat([rng.normal(*starts.x.shape) for _ in range(copies)]),
+                first_field=begin.denoised if config.reuse_d0 else None,
+            )
+        with self.learning.evaluating_end():
+            return denoise(model, x, times[-1]).chunk(copies)

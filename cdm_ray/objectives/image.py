@@ -1,32 +1,22 @@
-"""Denoising score matching (DSM), with or without the Consistency Property (CP)."""
+"""The objective of image training: denoising score matching and, with a weight, consistency."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
+from typing import Any
 
 from cdm_ray.config import CPConfig, DSMConfig
 from cdm_ray.networks.dropout import Dropout
 from cdm_ray.objectives.base import ImageBatch, Term
-from cdm_ray.objectives.cp import Starts, lower_sigma, participants, residual
-from cdm_ray.processes.edm import over_images
+from cdm_ray.objectives.cp import ConsistencyProperty, Denoiser, Starts
+from cdm_ray.objectives.dsm import add_noise, denoising_loss, draw_noise_levels
 from cdm_ray.randomness import BlockRng
 
 
-def edm_weight(sigma: torch.Tensor, sigma_data: float) -> torch.Tensor:
-    """`(sigma^2 + sd^2) / (sigma sd)^2`: gives every noise level the same initial loss (EDM,
-    table 1)."""
-    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-
-
 class ImageObjective:
-    """Terms `dsm` and, if cp.weight > 0, `cp`, each a sum over the images of the batch.
+    """Terms `dsm` and, if cp.weight > 0, `cp` of a batch of images.
 
-    DSM: `w(sigma) |D(y + sigma n; sigma) - y|^2` summed over C, H, W, ln sigma normal (EDM,
-    equation 2). CP: objectives.cp, on a share of the images; its sum is divided by that share.
-    The network is called as in networks.EDMPrecond. `rollout_model` drives the rollouts instead of
-    the model itself.
+    One network pass over the batch serves both terms; the images that take part in consistency go
+    through it without dropout. `rollout_model` is the averaged network for cp.rollout_weights=ema.
     """
 
     def __init__(
@@ -34,67 +24,42 @@ class ImageObjective:
         dsm: DSMConfig,
         cp: CPConfig,
         sigma_data: float,
-        rollout_model: Callable[..., torch.Tensor] | None = None,
+        rollout_model: Denoiser | None = None,
     ) -> None:
-        self.dsm = dsm
-        self.cp = cp
-        self.sigma_data = sigma_data
-        self.rollout_model = rollout_model
+        self.dsm, self.cp, self.sigma_data = dsm, cp, sigma_data
+        self.consistency = (
+            ConsistencyProperty(cp, sigma_data, rollout_model) if cp.weight > 0 else None
+        )
 
     def __call__(
-        self,
-        model: Callable[..., torch.Tensor],
-        batch: ImageBatch,
-        rng: BlockRng,
-        images_seen: int,
+        self, model: Any, batch: ImageBatch, rng: BlockRng, images_seen: int
     ) -> dict[str, Term]:
-        """Terms of one micro-batch, whose lanes are the blocks of `rng`."""
-        clean = batch.images
-        n = clean.shape[0]
-        sigma = (rng.normal(n) * self.dsm.p_std + self.dsm.p_mean).exp()
-        x = clean + over_images(sigma, clean) * rng.normal(*clean.shape)
-        taking_part = None
-        if self.cp.weight > 0:
-            taking_part = participants(n, rng.blocks, self.cp.fraction, clean.device)
-        # D0 of an image that takes part is one of CP's fields: dropout would bias its product.
-        active = None if taking_part is None else ~taking_part
+        """Sums over the samples of the batch; a sample's share depends on its lane's numbers only.
+
+        `model` is called as EDMPrecond is. Noise levels, noise and dropout masks are drawn first
+        and do not depend on cp.
+        """
+        images, n = batch.images, len(batch.images)
+        sigma = draw_noise_levels(self.dsm, n, rng)
+        x = add_noise(images, sigma, rng)
+        dropped = None if self.consistency is None else ~self.consistency.taking_part(n, rng)
         denoised = model(
-            x, sigma, batch.class_labels, batch.augment_labels, dropout=Dropout(rng, active)
+            x,
+            sigma,
+            class_labels=batch.class_labels,
+            augment_labels=batch.augment_labels,
+            dropout=Dropout(rng, dropped),
         )
-        weight = edm_weight(sigma, self.sigma_data)
-        error = ((denoised - clean) ** 2).flatten(1).sum(1)
-        terms = {"dsm": Term((weight * error).sum(), 1.0)}
-        if taking_part is not None:
-            rows = taking_part.nonzero().squeeze(1)
-            starts = Starts(
-                x[rows],
-                sigma[rows],
-                denoised[rows],
-                *(
-                    None if labels is None else labels[rows]
-                    for labels in (batch.class_labels, batch.augment_labels)
-                ),
-            )
-            terms["cp"] = self._cp(model, starts, weight[rows], n, rng, images_seen)
+        loss = denoising_loss(denoised, images, sigma, self.sigma_data)
+        terms = {"dsm": Term(loss.sum(), 1.0)}
+        if self.consistency is not None:
+            starts = Starts(x, sigma, denoised, batch.class_labels, batch.augment_labels)
+            pairs = self.consistency(model, starts, rng)
+            # scaled up to the whole batch, whose mean the mean over the pairs estimates
+            terms["cp"] = Term(pairs.sum() * (n / len(pairs)), self._weight(images_seen))
         return terms
 
-    def _cp(
-        self,
-        model: Callable[..., torch.Tensor],
-        starts: Starts,
-        weight: torch.Tensor,
-        n: int,
-        rng: BlockRng,
-        images_seen: int,
-    ) -> Term:
-        m = len(starts.sigma)
-        sigma_next = lower_sigma(self.cp, starts.sigma, rng.uniform(m))
-        values = residual(
-            model, starts, sigma_next, self.cp, rng, rollout_denoiser=self.rollout_model
-        )
-        if self.cp.sigma_weight == "edm":
-            values = values * weight
-        warmup = min(images_seen / max(self.cp.warmup_images, 1), 1.0)
+    def _weight(self, images_seen: int) -> float:
         if self.cp.warmup_images == 0:
-            warmup = 1.0
-        return Term(values.sum() * (n / m), self.cp.weight * warmup)
+            return self.cp.weight
+        return self.cp.weight * min(1.0, images_seen / self.cp.warmup_images)

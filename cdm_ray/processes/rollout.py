@@ -1,31 +1,34 @@
-"""Simulating a path with the current model: the one loop behind CP and SDE sampling."""
+"""Simulation of paths: one loop behind consistency losses and SDE sampling."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
+from torch import Tensor
 
-from cdm_ray.processes.edm import Step
+Field = Callable[[Tensor, Tensor], Tensor]
+"""field(x, t): what drives the process at state x [N, ...] and time t ([N] or 0-dim)."""
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""step(x, f, t, t_next, noise): the next state, from the field's value f and standard noise."""
 
 
 def rollout(
-    field: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    field: Field,
     step: Step,
-    x: torch.Tensor,
-    times: torch.Tensor,
-    draw_noise: Callable[[], torch.Tensor],
+    x: Tensor,
+    times: Tensor,
+    draw_noise: Callable[[], Tensor],
     *,
-    first_field: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """State at `times[-1]` of a path that starts from `x` at `times[0]`.
+    first_field: Tensor | None = None,
+) -> Tensor:
+    """End of a path from x [N, ...] at times[0] to times[-1].
 
-    `field(x, t)` is what the model says at a point, `step(x, field, t, t_next, noise)` moves on.
-    x [N, ...]; times [K + 1] or, for paths with times of their own, [K + 1, N]; K >= 1.
-    `first_field` is field(x, times[0]) where it is known already.
+    `times` [K + 1, N], or [K + 1] if all samples share them: K steps. `draw_noise` gives standard
+    normal noise shaped like x, once per step. `first_field`, if known, is the field's value at the
+    start and saves its evaluation.
     """
-    for k in range(len(times) - 1):
-        known = first_field if k == 0 else None
-        value = field(x, times[k]) if known is None else known
-        x = step(x, value, times[k], times[k + 1], draw_noise())
+    value = first_field
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        x = step(x, field(x, t) if value is None else value, t, t_next, draw_noise())
+        value = None
     return x

@@ -1,0 +1,1 @@
+"""Samplers: how a trained model is run."""

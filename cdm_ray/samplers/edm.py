@@ -1,57 +1,60 @@
-"""Samplers over a grid of noise levels; the state is float64, the network sees float32."""
+"""Deterministic and stochastic sampling of EDM denoisers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
+from torch import Tensor
 
-from cdm_ray.processes.edm import Step, ode_slope
-from cdm_ray.processes.rollout import rollout
+from cdm_ray.processes.edm import ode_slope
+from cdm_ray.processes.rollout import Field, Step, rollout
 from cdm_ray.randomness import BlockRng
-
-Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""D(x [N, ...], sigma [N]) -> [N, ...], labels closed over."""
-
-
-def _in_float64(denoiser: Denoiser) -> Denoiser:
-    def wrapped(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        return denoiser(x.float(), sigma.float().expand(x.shape[0])).double()
-
-    return wrapped
 
 
 @torch.no_grad()
-def sample_ode(denoiser: Denoiser, latents: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """Heun's method on the probability-flow ODE, Euler to sigma 0 (EDM, algorithm 1).
+def sample_ode(denoiser: Field, latents: Tensor, sigmas: Tensor) -> Tensor:
+    """Heun's second-order method for the probability-flow ODE, Euler where a step ends at 0
+    (Karras et al. 2022, algorithm 1).
 
-    latents [N, ...] standard normal, sigmas [K + 1] decreasing to 0 (`karras_sigmas`); returns
-    float64 samples. 2 K - 1 network evaluations.
+    `denoiser`(x, sigma) is called in float32 with a 0-dim sigma; the state is float64, as is the
+    result [N, ...]. `latents` [N, ...] standard normal; `sigmas` [K + 1] decreasing, its end
+    usually 0. Evaluations: two per step, one for a step to 0.
     """
-    denoise = _in_float64(denoiser)
+    denoise = _in_float32(denoiser)
     sigmas = sigmas.to(latents.device, torch.float64)
     x = latents.double() * sigmas[0]
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    ends_at_zero = sigmas[1:].eq(0).tolist()
+    for sigma, sigma_next, last in zip(sigmas[:-1], sigmas[1:], ends_at_zero, strict=True):
         slope = ode_slope(x, denoise(x, sigma), sigma)
-        euler = x + (sigma_next - sigma) * slope
-        if sigma_next > 0:
-            slope_next = ode_slope(euler, denoise(euler, sigma_next), sigma_next)
-            x = x + (sigma_next - sigma) * (slope + slope_next) / 2
-        else:
-            x = euler
+        x_next = x + (sigma_next - sigma) * slope
+        if not last:
+            slope_next = ode_slope(x_next, denoise(x_next, sigma_next), sigma_next)
+            x_next = x + (sigma_next - sigma) * (slope + slope_next) / 2
+        x = x_next
     return x
 
 
 @torch.no_grad()
 def sample_sde(
-    denoiser: Denoiser, latents: torch.Tensor, sigmas: torch.Tensor, step: Step, rng: BlockRng
-) -> torch.Tensor:
-    """The reverse SDE by a step of REVERSE_STEPS; arguments as sample_ode. K evaluations."""
+    denoiser: Field, latents: Tensor, sigmas: Tensor, step: Step, rng: BlockRng
+) -> Tensor:
+    """Reverse SDE by a step of REVERSE_STEPS, arguments and result as in `sample_ode`.
+
+    `rng` draws the noise: with one generator per image (`BlockRng.for_images`) an image does not
+    depend on the batch that it is in. The step to 0, if `sigmas` ends there, returns D, which is
+    what the ancestral step does and spares Euler-Maruyama's its last noise. Evaluations: one per
+    step.
+    """
+    denoise = _in_float32(denoiser)
     sigmas = sigmas.to(latents.device, torch.float64)
-    return rollout(
-        _in_float64(denoiser),
-        step,
-        latents.double() * sigmas[0],
-        sigmas,
-        lambda: rng.normal(*latents.shape).double(),
-    )
+    to_zero = bool(sigmas[-1] == 0)
+    times = sigmas[:-1] if to_zero else sigmas
+
+    def draw_noise() -> Tensor:
+        return rng.normal(*latents.shape).double()
+
+    x = rollout(denoise, step, latents.double() * sigmas[0], times, draw_noise)
+    return denoise(x, times[-1]) if to_zero else x
+
+
+def _in_float32(denoiser: Field) -> Field:
+    return lambda x, sigma: denoiser(x.float(), sigma.float()).double()

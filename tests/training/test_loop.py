@@ -137,7 +137,9 @@ def test_stage_workers_and_micro_steps_change_nothing(reference, world, cases):
 def test_records_are_means_per_image(reference):
     metrics = reference[1]
     assert len(metrics) == 2
-    assert {"loss/dsm", "loss/cp", "images_per_second", "steps_skipped_nonfinite"} <= set(metrics[0])
+    assert {"loss/dsm", "loss/cp", "images_per_second", "steps_skipped_nonfinite"} <= set(
+        metrics[0]
+    )
     objective = ImageObjective(CONFIG.dsm, CONFIG.cp, CONFIG.network.sigma_data)
     network = make_network()
     terms = objective(

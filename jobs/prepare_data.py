@@ -1,0 +1,41 @@
+"""Pack images into WebDataset shards and a manifest, ready to be streamed by a training run."""
+
+import sys
+
+from cdm_ray import cluster
+from cdm_ray.cli import run_job
+from cdm_ray.data.prepare import PrepareConfig, pack, plan_packing
+
+EXAMPLES = """
+python jobs/prepare_data.py digits
+python jobs/prepare_data.py data.source=photos data.path=data/photos data.resolution=64
+python jobs/prepare_data.py data.source=cifar10-32x32.zip data.path=data/cifar10 data.resolution=32
+python jobs/prepare_data.py data.source=afhq data.path=data/afhq data.resolution=64 --dry-run
+Running the same command again continues an interrupted packing and verifies a finished one.
+"""
+
+
+def main(config: PrepareConfig, dry_run: bool) -> None:
+    """Print what will be packed, and pack it."""
+    packing = plan_packing(config.data)
+    print(packing.describe())
+    if dry_run:
+        return
+    with cluster.connected(config.ray):
+        manifest = pack(packing, cluster.map_tasks)
+    print(
+        f"packed     {manifest.num_samples} images in {len(manifest.shards)} shards, "
+        f"fingerprint {manifest.fingerprint[:16]}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(
+        run_job(
+            PrepareConfig,
+            main,
+            description=__doc__ or "",
+            examples=EXAMPLES,
+            default_recipe="digits",
+        )
+    )
