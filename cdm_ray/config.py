@@ -265,7 +265,7 @@ class SamplerConfig(Section):
 
 
 class EvalConfig(Section):
-    images: PositiveCount = 50_000
+    images: Annotated[Count, Field(ge=2)] = 50_000
     """Generated images behind each Fréchet distance."""
     first_seed: Annotated[int, Field(ge=0)] = 0
     """Image i is made from seed first_seed + i, whatever the batch size and number of workers."""
@@ -277,7 +277,7 @@ class EvalConfig(Section):
     """TorchScript Inception file, for `inception`."""
     grid: PositiveCount = 64
     """Images in the sample grid."""
-    drift_images: PositiveCount = 512
+    drift_images: Annotated[Count, Field(ge=2)] = 512
     """Images behind each point of the drift curves."""
     drift_sigmas: Annotated[int, Field(ge=2)] = 8
     """Noise levels of the drift curves."""

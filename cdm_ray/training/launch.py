@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def run_images(config: ImageConfig) -> Path:
     try:
         speed = train(config, tracking, use_gpu=use_gpu)
         checkpoint = _final_checkpoint(config)
-        evaluation = _evaluate(config, checkpoint, manifest)
+        evaluation = _evaluate(config, checkpoint, manifest, use_gpu)
         _record_evaluation(tracking, checkpoint, evaluation)
         _save_summary(config, tracking, checkpoint, evaluation, speed)
         status = "FINISHED"
@@ -134,14 +135,16 @@ def _final_checkpoint(config: ImageConfig) -> Checkpoint:
     return checkpoint
 
 
-def _evaluate(config: ImageConfig, checkpoint: Checkpoint, manifest: Manifest) -> EvaluationResult:
+def _evaluate(
+    config: ImageConfig, checkpoint: Checkpoint, manifest: Manifest, use_gpu: bool
+) -> EvaluationResult:
     return evaluate(
         config,
         checkpoint.tensors("ema"),
         manifest,
         cache_folder=Path(config.run.storage) / "reference",
         out_folder=config.run_folder / "evaluation" / checkpoint.folder.name,
-        map_tasks=cluster.map_tasks,
+        map_tasks=partial(cluster.map_tasks, gpus_per_task=1.0 if use_gpu else 0.0),
     )
 
 

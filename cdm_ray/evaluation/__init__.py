@@ -1,0 +1,1 @@
+"""Evaluation: samples, feature statistics, Fréchet distance, drift diagnostics, figures."""
