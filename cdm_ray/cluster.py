@@ -57,7 +57,7 @@ def _quiet_local_defaults() -> None:
     for name, value in {
         "RAY_AUTH_MODE": "disabled",  # loopback only; a token would outlive the job in $HOME
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or every line of a worker arrives twice
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # default 2 s delays start and end
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # default 2 s delays start and end
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_TMPDIR": tempfile.gettempdir(),
     }.items():

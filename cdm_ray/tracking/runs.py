@@ -40,6 +40,8 @@ EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 RUN_FILE = "mlflow_run.json"
 PACKAGES = ("torch", "ray", "deepspeed", "webdataset", "mlflow")
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Opens the UI on runs and their charts; without it, on the pages for language-model traces."""
 MAX_VALUE_LENGTH = 6000
 """MLflow's limit for a parameter's value."""
 MAX_PER_REQUEST = 100
@@ -168,7 +170,7 @@ def _experiment(client: MlflowClient, uri: str, name: str, storage: Path) -> str
         # A server knows where its artifacts go; without one, MLflow would take the working folder.
         location = (storage.absolute() / "mlartifacts").as_uri() if is_database(uri) else None
         try:
-            return client.create_experiment(name, artifact_location=location)
+            return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
