@@ -1,13 +1,14 @@
 """DSM against DSM + CP on digits: 5 seeds each, equal training images, 95 % intervals.
 
 `python benchmarks/digits_table.py` trains what is missing under runs/table, writes
-benchmarks/results/digits_table.json and docs/digits_table.png, and puts the table into README.md.
+benchmarks/results/digits_table.json and the pictures in docs/, and puts the table into README.md.
 The difference is taken seed by seed: both objectives see the same images and noise.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from readme import put_into_readme
 from scipy import stats
 
 from cdm_ray import cluster
@@ -25,8 +27,10 @@ from cdm_ray.training.launch import run_images
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "digits_table.json"
 FIGURE = ROOT / "docs" / "digits_table.png"
-README = ROOT / "README.md"
-BEGIN, END = "<!-- digits table: begin -->", "<!-- digits table: end -->"
+PICTURES = {
+    "samples_sde.png": "quickstart_samples.png",
+    "cp_residual.png": "quickstart_cp_residual.png",
+}
 SEEDS = range(5)
 COMMAND = "python benchmarks/digits_table.py"
 METRICS = {
@@ -142,6 +146,13 @@ def draw(values: dict[str, dict[str, np.ndarray]]) -> None:
     figure.savefig(FIGURE, dpi=120)
 
 
+def copy_pictures(run: RunSummary) -> None:
+    """Grid and curve of the run with seed 0, which is the quickstart's second run."""
+    for path in map(Path, [*run.grids.values(), *run.figures.values()]):
+        if path.name in PICTURES:
+            shutil.copyfile(path, FIGURE.with_name(PICTURES[path.name]))
+
+
 def main() -> None:
     runs = summaries()
     values = collect(runs)
@@ -159,8 +170,8 @@ def main() -> None:
         )
     )
     draw(values)
-    before, rest = README.read_text().split(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+    copy_pictures(runs["DSM + CP"][0])
+    put_into_readme("digits table", text)
     print(text)
 
 

@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from readme import put_into_readme
 from streaming import measure as measure_streaming
 
 from cdm_ray import cluster
@@ -56,6 +55,13 @@ RELEASED = {
     "fraction": 1.0,
     "gradient": "both",
     "reuse_d0": False,
+}
+RATIOS = {
+    "stack_speed_ratio": "speed of the whole stack / bare PyTorch, DSM",
+    "cp_recommended_time_ratio": "time of DSM + CP as recommended / DSM",
+    "cp_released_time_ratio": "time of DSM + CP as in the released code / DSM",
+    "wall_ratio": "speed of lane streaming / plain WebDataset, elapsed time",
+    "cpu_ratio": "speed of lane streaming / plain WebDataset, CPU time",
 }
 NETWORKS = {
     "32x32": (
@@ -210,10 +216,10 @@ def measure_steps(name: str, block: int, overrides: list[str], folder: Path) -> 
         "parameters": parameters,
         "batch": config.train.batch,
         "images_per_second": {k: statistics.median(v) for k, v in speeds.items()},
-        "stack speed / bare speed": ratios(dsm, bare),
-        "CP recommended time / DSM time": ratios(dsm, recommended)
+        "stack_speed_ratio": ratios(dsm, bare),
+        "cp_recommended_time_ratio": ratios(dsm, recommended)
         | {"operations": forward_units(config.cp) / 3},
-        "CP released time / DSM time": ratios(dsm, released)
+        "cp_released_time_ratio": ratios(dsm, released)
         | {"operations": forward_units(CPConfig.model_validate(RELEASED)) / 3},
     }
 
@@ -233,20 +239,28 @@ def main() -> None:
         measured["streaming"] = measure_streaming()
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(measured, indent=1))
-    print_table(measured)
+    text = table(measured)
+    put_into_readme("stack table", text)
+    print(text)
 
 
-def print_table(measured: dict[str, Any]) -> None:
-    table = Table(title=f"{measured['machine']}; {measured['versions']}")
-    for column in ("network", "what", "median", "range", "operations say"):
-        table.add_column(column)
+def table(measured: dict[str, Any]) -> str:
+    """Markdown: median and range of every ratio, beside what the operations say."""
+    versions = ", ".join(f"{name} {number}" for name, number in measured["versions"].items())
+    lines = [
+        f"Medians (ranges) of {measured['repeats']} repeats side by side on {measured['machine']}; "
+        f"{versions}; {measured['date']}. By `{measured['command']}`.",
+        "",
+        "| network | what | measured | by operations |",
+        "|---|---|---|---|",
+    ]
     for name in (*NETWORKS, "streaming"):
         for what, value in measured[name].items():
-            if isinstance(value, dict) and "median" in value:
+            if what in RATIOS:
+                spread = f"{value['median']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
                 operations = f"{value['operations']:.2f}" if "operations" in value else ""
-                spread = f"{value['low']:.2f} to {value['high']:.2f}"
-                table.add_row(name, what, f"{value['median']:.2f}", spread, operations)
-    Console(width=120).print(table)
+                lines.append(f"| {name} | {RATIOS[what]} | {spread} | {operations} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

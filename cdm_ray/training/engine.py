@@ -51,7 +51,7 @@ class Engine:
 
         # Else the first start on a CPU compiles an operation that is never used.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.utils.logger.setLevel(logging.WARNING)
+        deepspeed.utils.logger.setLevel(logging.ERROR)  # warns of every optimizer but its own
         warnings.filterwarnings("ignore", message=".*(all_gather|reduce_scatter).*deprecated.*")
         self.zero_stage = zero_stage
         self._accessors = deepspeed.utils
