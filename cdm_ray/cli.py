@@ -18,7 +18,7 @@ def run_job(
     *,
     description: str,
     examples: str,
-    default_recipe: str,
+    default_recipe: str | None,
     arguments: Sequence[str] | None = None,
 ) -> int:
     """Parse the command line, load the configuration and call `main(config, dry_run)`.
@@ -34,8 +34,8 @@ def run_job(
         "recipe_and_overrides",
         nargs="*",
         metavar="RECIPE | section.field=value",
-        help=f"a recipe ({', '.join(recipe_names())}) or a YAML file (default: {default_recipe}), "
-        "then any fields to change",
+        help=f"a recipe ({', '.join(recipe_names())}) or a YAML file (default: "
+        f"{default_recipe or 'the defaults below'}), then any fields to change",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would be done and start nothing"
@@ -50,7 +50,7 @@ def run_job(
     return 0
 
 
-def _split(words: Sequence[str], default_recipe: str) -> tuple[str, list[str]]:
+def _split(words: Sequence[str], default_recipe: str | None) -> tuple[str | None, list[str]]:
     """The recipe, if the first word is none of the overrides, and the overrides."""
     if words and "=" not in words[0]:
         return words[0], list(words[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -31,8 +32,9 @@ def connected(config: RayConfig) -> Iterator[None]:
     options: dict[str, Any] = {"log_to_driver": True, "logging_level": "WARNING"}
     if address:
         try:
+            _knock(address)
             ray.init(address=address, **options)
-        except ConnectionError as error:
+        except OSError as error:  # Ray's own errors of connection included
             raise ConfigError(
                 f"ray.address={address}: no Ray cluster answers there ({error}); start one with "
                 "`ray start --head`, or leave the address empty to run locally"
@@ -50,6 +52,13 @@ def connected(config: RayConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nothing listens; Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def _quiet_local_defaults() -> None:

@@ -88,7 +88,7 @@ class RunConfig(Section):
 
 
 class DataConfig(Section):
-    path: str = "data/digits"
+    path: str = "data"
     """Folder or fsspec URL with the shards and their manifest.json."""
     source: str | None = None
     """What to pack into shards when `data.path` holds none: `digits`, a folder of images (class
@@ -456,14 +456,16 @@ def recipe_names() -> list[str]:
     return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_config(root: type[C], recipe: str, overrides: Sequence[str] = ()) -> C:
-    """Recipe (a name of `recipe_names()` or a YAML file) with overrides, validated.
+def load_config(root: type[C], recipe: str | None, overrides: Sequence[str] = ()) -> C:
+    """Recipe (a name of `recipe_names()`, a YAML file, or None for the defaults) with overrides.
 
     Raises ConfigError for an unknown recipe, unknown keys, wrong types and values that do not fit
     together.
     """
-    name, values = _read_recipe(recipe)
-    values.setdefault("recipe", name)
+    values: dict[str, Any] = {}
+    if recipe is not None:
+        name, values = _read_recipe(recipe)
+        values.setdefault("recipe", name)
     for override in overrides:
         _apply_override(values, override)
     return build_config(root, values)

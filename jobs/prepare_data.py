@@ -36,6 +36,6 @@ if __name__ == "__main__":
             main,
             description=__doc__ or "",
             examples=EXAMPLES,
-            default_recipe="digits",
+            default_recipe=None,
         )
     )

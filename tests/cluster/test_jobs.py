@@ -198,7 +198,8 @@ def test_own_images(checkout, head):
     assert "64 images in 1 shards" in packed
     storage = f"run.storage={checkout}/own"
     command = command_with("python jobs/train_cp.py photos.yaml")
-    assert "fid_ode (n=32)" in run(command, checkout, head, *REDUCED, storage).replace("\n", " ")
+    output = run(command, checkout, head, *REDUCED, storage, "data.lanes=8")
+    assert "fid_ode" in output
     assert_run_is_complete(checkout / "own", "fid_ode")
 
 
@@ -209,7 +210,8 @@ def test_own_images(checkout, head):
         ("data.path=nowhere data.source=null", "no packed data set there"),
         ("ray.use_gpu=true", "error: ray.use_gpu=true needs ray.workers=2 GPUs, the cluster has 0"),
         ("ray.address=127.0.0.1:1", "error: ray.address=127.0.0.1:1: no Ray cluster answers there"),
-        ("data.resolution=16 eval.extractor=inception eval.extractor_file=x",
+        ("data.resolution=16 network.attn_resolutions=[8] eval.extractor=inception "
+         "eval.extractor_file=x",
          "error: data.resolution=16, but data.path="),
     ],
 )  # fmt: skip
