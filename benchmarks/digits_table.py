@@ -72,12 +72,16 @@ def configurations() -> dict[str, list[ImageConfig]]:
 def summaries() -> dict[str, list[RunSummary]]:
     """Results of all runs, seeds in order; trains those that are not finished."""
     configs = configurations()
-    some = configs["DSM"][0]
-    with cluster.connected(some.ray):
-        for seed in SEEDS:
-            for group in configs.values():
-                if not (group[seed].run_folder / RESULTS_FILE).is_file():
-                    run_images(group[seed])
+    missing = [
+        group[seed]
+        for seed in SEEDS
+        for group in configs.values()
+        if not (group[seed].run_folder / RESULTS_FILE).is_file()
+    ]
+    if missing:
+        with cluster.connected(missing[0].ray):
+            for config in missing:
+                run_images(config)
     return {
         name: [RunSummary.load(config.run_folder) for config in group]
         for name, group in configs.items()
@@ -139,7 +143,7 @@ def draw(values: dict[str, dict[str, np.ndarray]]) -> None:
             )  # fmt: skip
         axes.set_xticks([0, 1], list(values))
         axes.set_xlim(-0.4, 1.4)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.15 * pairs.max())
         axes.set_title(title, fontsize=10)
     figure.suptitle("grey: the five seeds; blue: mean and 95 % interval", fontsize=9)
     FIGURE.parent.mkdir(exist_ok=True)

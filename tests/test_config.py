@@ -77,6 +77,7 @@ def test_round_trip_through_yaml_is_exact(recipe, tmp_path):
         ("data.resolution=9", "data.resolution=9 cannot be halved 1 times"),
         ("network.attn_resolutions=[16]", "the network have the resolutions [8, 4]"),
         ("eval.extractor=inception", "needs eval.extractor_file"),
+        ("eval.images=1", "eval.images=1: input should be greater than or equal to 2"),
         ("run.name=a/b", "'a/b' is no folder name"),
         ("sampler.sigma_min=90", "sampler.sigma_min=90.0 must be below"),
     ],

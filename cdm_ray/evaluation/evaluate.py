@@ -103,7 +103,6 @@ def evaluate(
     to `results.json` in `out_folder`. Raises ConfigError when the extractor cannot be used or the
     weights do not fit.
     """
-    _check_counts(config)
     label_dim = manifest.num_classes if config.network.class_conditional else 0
     load_network(config, state_dict, label_dim, "cpu")  # a misfit is refused before any task starts
     dataset = Dataset(config.data.path, manifest, config.data.max_bad_fraction)
@@ -219,12 +218,6 @@ def _generate(
     features = load_extractor(config.eval, device)(images)
     shown = images[: max(config.eval.grid - rows.start, 0)].cpu()
     return Outcome(FeatureStatistics.of(features), [shown], drift)
-
-
-def _check_counts(config: ImageConfig) -> None:
-    for key in ("images", "drift_images"):
-        if getattr(config.eval, key) < 2:
-            raise ConfigError(f"eval.{key}=1: a spread needs at least 2 images")
 
 
 def _seeds(config: ImageConfig, rows: range) -> range:

@@ -184,6 +184,10 @@ def test_training_and_report(checkout, head):
     assert "step 1/4" not in again
     assert_run_is_complete(checkout / "runs", "fd_digits_sde")
     assert "DSM + 3 CP" in run(command_with("python jobs/report.py"), checkout, head)
+    # the packed images are 8x8
+    changed = ["data.resolution=16", "network.attn_resolutions=[8]", "eval.extractor_file=x"]
+    output = run(f"{command} eval.extractor=inception", checkout, head, *changed, code=2)
+    assert "error: data.resolution=16, but data.path=" in output
 
 
 def test_job_submission(checkout, head):
@@ -210,9 +214,6 @@ def test_own_images(checkout, head):
         ("data.path=nowhere data.source=null", "no packed data set there"),
         ("ray.use_gpu=true", "error: ray.use_gpu=true needs ray.workers=2 GPUs, the cluster has 0"),
         ("ray.address=127.0.0.1:1", "error: ray.address=127.0.0.1:1: no Ray cluster answers there"),
-        ("data.resolution=16 network.attn_resolutions=[8] eval.extractor=inception "
-         "eval.extractor_file=x",
-         "error: data.resolution=16, but data.path="),
     ],
 )  # fmt: skip
 def test_mistakes_end_with_one_line_and_exit_code_2(checkout, head, mistake, answer):

@@ -185,11 +185,6 @@ def test_weights_that_do_not_fit_are_refused_before_any_task(
     assert map_tasks.descriptions == []
 
 
-def test_a_single_image_is_refused(run):
-    with pytest.raises(ConfigError, match="eval.images=1: a spread needs at least 2"):
-        run(images=1)
-
-
 def test_loading_weights_leaves_the_callers_random_numbers(weights):
     torch.manual_seed(5)
     expected = torch.rand(3)
