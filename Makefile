@@ -5,9 +5,7 @@ BIN := .venv/bin
 .PHONY: quickstart ui test lint format clean
 
 quickstart: .venv/installed
-	$(BIN)/python jobs/train_cp.py digits cp.weight=0
-	$(BIN)/python jobs/train_cp.py digits
-	$(BIN)/python jobs/report.py digits
+	$(BIN)/python jobs/compare.py digits
 
 ui: .venv/installed
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port 5000

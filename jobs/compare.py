@@ -1,0 +1,46 @@
+"""Train a recipe with denoising score matching alone and with the Consistency Property, and print
+both in one table."""
+
+import sys
+
+from cdm_ray import cluster
+from cdm_ray.cli import run_job
+from cdm_ray.config import ConfigError, ImageConfig
+from cdm_ray.report import print_plan, print_results
+from cdm_ray.training.launch import run_images
+from cdm_ray.training.loop import TrainingFailed
+
+EXAMPLES = """
+python jobs/compare.py digits
+python jobs/compare.py digits run.seed=1 cp.weight=3
+Running the same command again continues where it stopped.
+"""
+
+
+def main(config: ImageConfig, dry_run: bool) -> None:
+    if config.run.name is not None or config.cp.weight == 0:
+        raise ConfigError("compare needs cp.weight above 0 and no run.name: it names both runs")
+    alone = config.cp.model_copy(update={"weight": 0.0})
+    both = [config.model_copy(update={"cp": alone}), config]
+    if dry_run:
+        for one in both:
+            print_plan(one)
+        return
+    with cluster.connected(config.ray):
+        try:
+            folders = [run_images(one) for one in both]
+        except TrainingFailed as failure:
+            sys.exit(f"error: {failure}")
+    print_results(folders)
+
+
+if __name__ == "__main__":
+    sys.exit(
+        run_job(
+            ImageConfig,
+            main,
+            description=__doc__ or "",
+            examples=EXAMPLES,
+            default_recipe="digits",
+        )
+    )
