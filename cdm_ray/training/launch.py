@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -103,9 +102,7 @@ def train(
     trainer = api.torch.TorchTrainer(
         worker,
         train_loop_config={
-            "assignment": Assignment(
-                config.model_dump(mode="json"), tracking, launch, sys.stderr.isatty()
-            )
+            "assignment": Assignment(config.model_dump(mode="json"), tracking, launch)
         },
         torch_config=api.torch.TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=api.ScalingConfig(

@@ -16,7 +16,6 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.experimental import tqdm_ray
 
 from cdm_ray.config import ConfigError, ImageConfig, build_config, to_yaml
 from cdm_ray.data.manifest import Manifest
@@ -52,8 +51,6 @@ class Assignment:
     tracking: RunHandle | None
     launch: str
     """Identity of this launch: a restart within it does not repeat a fatal error."""
-    progress_bar: bool = False
-    """A bar on the driver's terminal; else a line for each record, for logs."""
 
 
 def train_worker(options: dict[str, Assignment]) -> dict[str, Any]:
@@ -242,33 +239,23 @@ def image_batch(raw: RawBatch, rows: slice, classes: int, device: torch.device) 
 
 
 class _Progress:
-    """How far the run is, for the person who waits: a bar, or lines in a log."""
+    """How far the run is: a bar with losses, speed and time left, one line for each record, so
+    that it reads alike on a terminal and in a job's log."""
 
-    def __init__(self, name: str, state: TrainingState, last_step: int, *, bar: bool) -> None:
+    WIDTH = 20
+
+    def __init__(self, name: str, state: TrainingState, last_step: int) -> None:
         self._name, self._last_step = name, last_step
         self._first_step, self._started = state.step, time.perf_counter()
-        self._bar = tqdm_ray.tqdm(desc=name, total=last_step, unit="step") if bar else None
-        if self._bar is not None:
-            self._bar.update(state.step)
-
-    def advance(self) -> None:
-        if self._bar is not None:
-            self._bar.update(1)
 
     def show(self, record: Record) -> None:
         losses = [f"{k[5:]} {v:.4g}" for k, v in record.metrics.items() if k.startswith("loss/")]
-        parts = [self._name, *losses, f"{record.metrics['images_per_second']:.0f} images/s"]
-        if self._bar is not None:
-            self._bar.set_description(", ".join(parts))
-            return
+        speed = f"{record.metrics['images_per_second']:.0f} images/s"
         per_step = (time.perf_counter() - self._started) / (record.step - self._first_step)
         left = datetime.timedelta(seconds=round(per_step * (self._last_step - record.step)))
-        parts.insert(1, f"step {record.step}/{self._last_step}")
-        print(", ".join([*parts, f"{left} left"]), flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        bar = "#" * (self.WIDTH * record.step // self._last_step)
+        place = f"{self._name} [{bar:.<{self.WIDTH}}] step {record.step}/{self._last_step}"
+        print(", ".join([place, *losses, speed, f"{left} left"]), flush=True)
 
 
 class _Hooks:
@@ -282,8 +269,7 @@ class _Hooks:
         self._speeds: list[float] = []
         self._tracker, self._progress = None, None
         if dist.get_rank() == 0:
-            bar = assignment.progress_bar
-            self._progress = _Progress(config.run_name, state, config.steps, bar=bar)
+            self._progress = _Progress(config.run_name, state, config.steps)
             if assignment.tracking is not None:
                 self._tracker = Tracker(assignment.tracking)
 
@@ -302,8 +288,6 @@ class _Hooks:
             self._progress.show(record)
 
     def after_step(self, state: TrainingState) -> None:
-        if self._progress is not None:
-            self._progress.advance()
         if state.step % self._every == 0 or state.step == self._config.steps:
             write_checkpoint(
                 self._config.run_folder / CHECKPOINTS,
@@ -314,7 +298,5 @@ class _Hooks:
             )
 
     def close(self) -> None:
-        if self._progress is not None:
-            self._progress.close()
         if self._tracker is not None:
             self._tracker.close(timeout=10.0)
