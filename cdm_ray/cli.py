@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from cdm_ray.config import ConfigError, Section, describe, load_config, recipe_names
+from cdm_ray.config import ConfigError, RunFailed, Section, describe, load_config, recipe_names
 
 C = TypeVar("C", bound=Section)
 
@@ -23,7 +23,8 @@ def run_job(
 ) -> int:
     """Parse the command line, load the configuration and call `main(config, dry_run)`.
 
-    Returns the exit code: 0, or 2 after a user's mistake, which is one line on stderr.
+    Returns the exit code: 0; 2 after a user's mistake and 1 after a failed run, which are one line
+    on stderr.
     """
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -47,6 +48,9 @@ def run_job(
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RunFailed as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return 1
     return 0
 
 

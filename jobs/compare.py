@@ -8,7 +8,6 @@ from cdm_ray.cli import run_job
 from cdm_ray.config import ConfigError, ImageConfig
 from cdm_ray.report import print_plan, print_results
 from cdm_ray.training.launch import run_images
-from cdm_ray.training.loop import TrainingFailed
 
 EXAMPLES = """
 python jobs/compare.py digits
@@ -27,10 +26,7 @@ def main(config: ImageConfig, dry_run: bool) -> None:
             print_plan(one)
         return
     with cluster.connected(config.ray):
-        try:
-            folders = [run_images(one) for one in both]
-        except TrainingFailed as failure:
-            sys.exit(f"error: {failure}")
+        folders = [run_images(one) for one in both]
     print_results(folders)
 
 

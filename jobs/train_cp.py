@@ -7,7 +7,6 @@ from cdm_ray.cli import run_job
 from cdm_ray.config import ImageConfig
 from cdm_ray.report import print_plan, print_results
 from cdm_ray.training.launch import run_images
-from cdm_ray.training.loop import TrainingFailed
 
 EXAMPLES = """
 python jobs/train_cp.py                                       the digits recipe
@@ -24,10 +23,7 @@ def main(config: ImageConfig, dry_run: bool) -> None:
         print_plan(config)
         return
     with cluster.connected(config.ray):
-        try:
-            folder = run_images(config)
-        except TrainingFailed as failure:
-            sys.exit(f"error: {failure}")
+        folder = run_images(config)
     print_results([folder])
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from cdm_ray.cli import run_job
-from cdm_ray.config import ConfigError, ImageConfig
+from cdm_ray.config import ConfigError, ImageConfig, RunFailed
 
 
 def call(arguments, main=lambda config, dry_run: None):
@@ -34,6 +34,11 @@ def test_mistakes_are_one_line_on_stderr_and_exit_code_2(capsys):
     def refuse(config, dry_run):
         raise ConfigError("data.path=x: nothing there")
 
+    def fail(config, dry_run):
+        raise RunFailed("step 7: gradients were not finite")
+
+    assert call([], fail) == 1
+    assert capsys.readouterr().err == "error: step 7: gradients were not finite\n"
     assert call([], refuse) == 2
     assert capsys.readouterr().err == "error: data.path=x: nothing there\n"
 

@@ -18,13 +18,14 @@ import webdataset
 from numpy.typing import NDArray
 from PIL import Image
 
+from cdm_ray.config import RunFailed
 from cdm_ray.data.images import MODES, why_undecodable
 from cdm_ray.data.manifest import Manifest, ShardInfo
 
 _BLOCK = 512
 
 
-class DataError(RuntimeError):
+class DataError(RunFailed):
     """The packed data set is damaged: a shard that is not what was packed, or too many images."""
 
 

@@ -11,14 +11,21 @@ from typing import Any
 import ray.train.torch
 
 from cdm_ray import cluster
-from cdm_ray.config import NOT_LEARNED, ConfigError, ImageConfig, flatten, load_config, to_yaml
+from cdm_ray.config import (
+    NOT_LEARNED,
+    ConfigError,
+    ImageConfig,
+    RunFailed,
+    flatten,
+    load_config,
+    to_yaml,
+)
 from cdm_ray.data.manifest import Manifest, check_matches
 from cdm_ray.data.prepare import ensure_prepared
 from cdm_ray.evaluation.evaluate import EvaluationResult, evaluate
 from cdm_ray.report import RESULTS_FILE, RunSummary
 from cdm_ray.tracking import EndStatus, RunHandle, Tracker, finish_run, open_run, ui_command
 from cdm_ray.training.checkpoint import Checkpoint, newest_checkpoint
-from cdm_ray.training.loop import TrainingFailed
 from cdm_ray.training.worker import CHECKPOINTS, Assignment, train_worker
 
 CONFIG_FILE = "config.yaml"
@@ -28,7 +35,7 @@ def run_images(config: ImageConfig) -> Path:
     """Train as configured, evaluate the averaged weights, record everything in MLflow.
 
     Returns the run's folder, which then holds the results. Continues the run of the same name. Ray
-    must be initialised. Raises ConfigError for a user's mistake and TrainingFailed when training
+    must be initialised. Raises ConfigError for a user's mistake and RunFailed when training
     stopped for good.
     """
     config = config.resolved()
@@ -118,14 +125,14 @@ def train(
     )
     outcome: dict[str, Any] = trainer.fit().return_value
     if "fatal" in outcome:
-        raise TrainingFailed(outcome["fatal"])
+        raise RunFailed(outcome["fatal"])
     return outcome["images_per_second"]
 
 
 def _final_checkpoint(config: ImageConfig) -> Checkpoint:
     checkpoint = newest_checkpoint(config.run_folder / CHECKPOINTS)
     if checkpoint is None or checkpoint.state.step < config.steps:
-        raise TrainingFailed(
+        raise RunFailed(
             f"{config.run_folder / CHECKPOINTS}: no sound checkpoint of the last step, "
             f"{config.steps}; run the same command again to continue"
         )

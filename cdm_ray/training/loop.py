@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from cdm_ray.config import EMAConfig, OptimizerConfig, TrainConfig
+from cdm_ray.config import EMAConfig, OptimizerConfig, RunFailed, TrainConfig
 from cdm_ray.objectives.base import Term
 from cdm_ray.randomness import BlockRng
 from cdm_ray.training.checkpoint import TrainingState
@@ -18,10 +18,6 @@ from cdm_ray.training.engine import Engine, StepResult
 from cdm_ray.training.optimizer import ema_beta, learning_rate
 
 B = TypeVar("B", contravariant=True)
-
-
-class TrainingFailed(RuntimeError):
-    """A failure that a restart from the checkpoint would only repeat."""
 
 
 class Objective(Protocol[B]):
@@ -101,7 +97,7 @@ def run_loop(
 ) -> TrainingState:
     """Train from `state` to `last_step`; `passes` yields this worker's micro-steps of each step.
 
-    Raises TrainingFailed after `train.max_nonfinite_in_row` steps without finite gradients.
+    Raises RunFailed after `train.max_nonfinite_in_row` steps without finite gradients.
     """
     scale = dist.get_world_size() / train.batch
     meter, skipped, skipped_in_row = Meter(), 0, 0
@@ -129,7 +125,7 @@ def run_loop(
         skipped += not result.applied
         skipped_in_row = 0 if result.applied else skipped_in_row + 1
         if skipped_in_row >= train.max_nonfinite_in_row:
-            raise TrainingFailed(_diagnosis(state, skipped_in_row, meter.take(train.batch), lr))
+            raise RunFailed(_diagnosis(state, skipped_in_row, meter.take(train.batch), lr))
         if state.step % train.log_every == 0 or state.step == last_step:
             metrics = meter.take(train.batch) | _step_metrics(result, lr, skipped)
             if dist.get_rank() == 0:

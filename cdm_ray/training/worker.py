@@ -17,9 +17,8 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from cdm_ray.config import ConfigError, ImageConfig, build_config, to_yaml
+from cdm_ray.config import ConfigError, ImageConfig, RunFailed, build_config, to_yaml
 from cdm_ray.data.manifest import Manifest
-from cdm_ray.data.shards import DataError
 from cdm_ray.data.stream import LaneStream, RawBatch
 from cdm_ray.networks import build_network
 from cdm_ray.networks.precond import EDMPrecond
@@ -35,11 +34,11 @@ from cdm_ray.training.checkpoint import (
 )
 from cdm_ray.training.engine import WEIGHTS, Engine
 from cdm_ray.training.lanes import MicroStep, deal_lanes, micro_steps
-from cdm_ray.training.loop import Pass, Record, TrainingFailed, run_loop
+from cdm_ray.training.loop import Pass, Record, run_loop
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints inside the run folder."""
-FATAL_ERRORS = (TrainingFailed, DataError, ConfigError)
+FATAL_ERRORS = (RunFailed, ConfigError)
 """A restart would only repeat them."""
 
 

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from cdm_ray import cluster
-from cdm_ray.config import ImageConfig, load_config
+from cdm_ray.config import ImageConfig, RunFailed, load_config
 from cdm_ray.data.prepare import ensure_prepared
 from cdm_ray.training.checkpoint import newest_checkpoint
 from cdm_ray.training.engine import KINDS
 from cdm_ray.training.launch import train
-from cdm_ray.training.loop import TrainingFailed
 from cdm_ray.training.worker import CHECKPOINTS
 from tests.cluster.workers import KEYS, diverging_worker, killed_worker, recording_worker
 
@@ -114,7 +113,7 @@ def test_checkpoint_of_one_stage_continues_at_another(data, tmp_path, undisturbe
 
 def test_divergence_ends_the_run_without_repeating_it(data, tmp_path):
     config = tiny(data, tmp_path, "train.max_nonfinite_in_row=3", "ray.workers=1")
-    with pytest.raises(TrainingFailed, match="not finite for 3 steps in a row"):
+    with pytest.raises(RunFailed, match="not finite for 3 steps in a row"):
         train(config, None, worker=diverging_worker)
     # the start that failed, and the one that found its message
     assert len(list(tmp_path.glob("start-*"))) <= 2

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cdm_ray.config import EMAConfig, ImageConfig, TrainConfig, load_config
+from cdm_ray.config import EMAConfig, ImageConfig, RunFailed, TrainConfig, load_config
 from cdm_ray.networks import build_network
 from cdm_ray.objectives.base import ImageBatch, Term
 from cdm_ray.objectives.image import ImageObjective
@@ -11,7 +11,7 @@ from cdm_ray.randomness import BlockRng, generator
 from cdm_ray.training.checkpoint import TrainingState
 from cdm_ray.training.engine import KINDS, Engine
 from cdm_ray.training.lanes import deal_lanes, micro_steps
-from cdm_ray.training.loop import Pass, TrainingFailed, run_loop
+from cdm_ray.training.loop import Pass, run_loop
 from tests.distributed import run_workers
 
 CONFIG = load_config(
@@ -166,7 +166,7 @@ def train_poisoned(rank, world, tolerated):
     )
     try:
         train(rank, world, 1, None, poisoned_from(3), config)
-    except TrainingFailed as failure:
+    except RunFailed as failure:
         return str(failure)
     return None
 
