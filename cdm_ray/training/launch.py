@@ -26,7 +26,7 @@ from cdm_ray.evaluation.evaluate import EvaluationResult, evaluate
 from cdm_ray.report import RESULTS_FILE, RunSummary
 from cdm_ray.tracking import EndStatus, RunHandle, Tracker, finish_run, open_run, ui_command
 from cdm_ray.training.checkpoint import Checkpoint, newest_checkpoint
-from cdm_ray.training.worker import CHECKPOINTS, Assignment, train_worker
+from cdm_ray.training.worker import CHECKPOINTS, Assignment, fatal_message, train_worker
 
 CONFIG_FILE = "config.yaml"
 
@@ -123,7 +123,12 @@ def train(
             worker_runtime_env={"env_vars": {} if use_gpu else {"DS_ACCELERATOR": "cpu"}},
         ),
     )
-    outcome: dict[str, Any] = trainer.fit().return_value
+    try:
+        outcome: dict[str, Any] = trainer.fit().return_value
+    except api.TrainingFailedError:
+        if (message := fatal_message(config.run_folder, launch)) is None:
+            raise
+        raise RunFailed(message) from None
     if "fatal" in outcome:
         raise RunFailed(outcome["fatal"])
     return outcome["images_per_second"]

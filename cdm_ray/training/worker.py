@@ -38,6 +38,7 @@ from cdm_ray.training.loop import Pass, Record, run_loop
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints inside the run folder."""
+FATAL_FILE = "fatal.json"
 FATAL_ERRORS = (RunFailed, ConfigError)
 """A restart would only repeat them."""
 
@@ -60,20 +61,21 @@ def train_worker(options: dict[str, Assignment]) -> dict[str, Any]:
     """
     assignment = options["assignment"]
     config = build_config(ImageConfig, assignment.config)
-    marker = config.run_folder / "fatal.json"
-    if (message := _read_marker(marker, assignment.launch)) is not None:
+    if (message := fatal_message(config.run_folder, assignment.launch)) is not None:
         return {"fatal": message}
     try:
         images_per_second = _train(config, assignment)
     except FATAL_ERRORS as error:
-        marker.write_text(json.dumps({"launch": assignment.launch, "message": str(error)}))
+        told = {"launch": assignment.launch, "message": str(error)}
+        (config.run_folder / FATAL_FILE).write_text(json.dumps(told))
         raise
     return {"images_per_second": images_per_second}
 
 
-def _read_marker(marker: Path, launch: str) -> str | None:
+def fatal_message(run_folder: Path, launch: str) -> str | None:
+    """What ended this launch of the run for good, if a worker has told it."""
     try:
-        content = json.loads(marker.read_text())
+        content = json.loads((run_folder / FATAL_FILE).read_text())
     except FileNotFoundError:
         return None
     return content["message"] if content["launch"] == launch else None
