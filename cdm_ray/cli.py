@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from cdm_ray.config import ConfigError, RunFailed, Section, describe, load_config, recipe_names
+from cdm_ray.config import Section, describe, load_config, recipe_names
+from cdm_ray.errors import ConfigError, RunFailed
 
 C = TypeVar("C", bound=Section)
 

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import ray
 from tqdm import tqdm
 
-from cdm_ray.config import ConfigError, RayConfig
+from cdm_ray.config import RayConfig
+from cdm_ray.errors import ConfigError
 
 T = TypeVar("T")
 R = TypeVar("R")

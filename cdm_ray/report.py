@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cdm_ray.config import ConfigError, ImageConfig, to_yaml
+from cdm_ray.config import ImageConfig, to_yaml
+from cdm_ray.errors import ConfigError
 from cdm_ray.objectives.cp import forward_units
 
 RESULTS_FILE = "results.json"

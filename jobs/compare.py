@@ -5,7 +5,8 @@ import sys
 
 from cdm_ray import cluster
 from cdm_ray.cli import run_job
-from cdm_ray.config import ConfigError, ImageConfig
+from cdm_ray.config import ImageConfig
+from cdm_ray.errors import ConfigError
 from cdm_ray.report import print_plan, print_results
 from cdm_ray.training.launch import run_images
 

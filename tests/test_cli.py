@@ -1,7 +1,8 @@
 import pytest
 
 from cdm_ray.cli import run_job
-from cdm_ray.config import ConfigError, ImageConfig, RunFailed
+from cdm_ray.config import ImageConfig
+from cdm_ray.errors import ConfigError, RunFailed
 
 
 def call(arguments, main=lambda config, dry_run: None):

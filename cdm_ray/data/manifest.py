@@ -7,8 +7,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cdm_ray.config import ConfigError, ImageConfig
+from cdm_ray.config import ImageConfig
 from cdm_ray.data.storage import fetch, join, one_line, write_atomically
+from cdm_ray.errors import ConfigError
 
 MANIFEST_NAME = "manifest.json"
 

@@ -20,12 +20,13 @@ from typing import Any, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from cdm_ray.config import ConfigError, DataConfig, ImageConfig
+from cdm_ray.config import DataConfig, ImageConfig
 from cdm_ray.data.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from cdm_ray.data.order import packing_order
 from cdm_ray.data.packing import PARTIAL, STATE_FOLDER, ShardReport, ShardTask, pack_shard
 from cdm_ray.data.sources import Source, find_images
 from cdm_ray.data.storage import local_folder, write_atomically
+from cdm_ray.errors import ConfigError
 
 log = logging.getLogger(__name__)
 

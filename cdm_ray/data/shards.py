@@ -18,9 +18,9 @@ import webdataset
 from numpy.typing import NDArray
 from PIL import Image
 
-from cdm_ray.config import RunFailed
 from cdm_ray.data.images import MODES, why_undecodable
 from cdm_ray.data.manifest import Manifest, ShardInfo
+from cdm_ray.errors import RunFailed
 
 _BLOCK = 512
 

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cdm_ray.config import ConfigError
 from cdm_ray.data.images import SUFFIXES
 from cdm_ray.data.storage import absolute, is_url, one_line
+from cdm_ray.errors import ConfigError
 
 Kind = Literal["digits", "folder", "zip"]
 

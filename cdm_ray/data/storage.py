@@ -8,7 +8,7 @@ from pathlib import Path
 
 import fsspec
 
-from cdm_ray.config import ConfigError
+from cdm_ray.errors import ConfigError
 
 log = logging.getLogger(__name__)
 

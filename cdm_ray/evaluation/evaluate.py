@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cdm_ray.config import ConfigError, ImageConfig
+from cdm_ray.config import ImageConfig
 from cdm_ray.data.manifest import Manifest
+from cdm_ray.errors import ConfigError
 from cdm_ray.evaluation.drift import (
     SOURCES,
     Drift,

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cdm_ray.config import ConfigError, EvalConfig
+from cdm_ray.config import EvalConfig
+from cdm_ray.errors import ConfigError
 
 DIGITS_FILE = Path(__file__).parent / "assets" / "digits_features.safetensors"
 DIGITS_DIM = 64

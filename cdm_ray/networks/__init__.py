@@ -1,8 +1,15 @@
 """Networks: what is learned."""
 
-from cdm_ray.config import ConfigError, NetworkConfig
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cdm_ray.errors import ConfigError
 from cdm_ray.networks.ddpmpp import DDPMpp
 from cdm_ray.networks.precond import EDMPrecond
+
+if TYPE_CHECKING:
+    from cdm_ray.config import NetworkConfig
 
 
 def build_network(

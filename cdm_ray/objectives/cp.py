@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from cdm_ray.config import ConfigError, CPConfig
+from cdm_ray.errors import ConfigError
 from cdm_ray.objectives.consistency import LEARNING_SIDES, product, regress
 from cdm_ray.objectives.dsm import edm_weight
 from cdm_ray.processes.edm import REVERSE_STEPS, rho_levels
 from cdm_ray.processes.rollout import rollout
 from cdm_ray.randomness import BlockRng
+
+if TYPE_CHECKING:
+    from cdm_ray.config import CPConfig
 
 RHO = 7.0
 """Spacing of the levels inside a rollout (Karras et al. 2022, equation 5)."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from cdm_ray.config import DSMConfig
 from cdm_ray.processes.edm import spread
 from cdm_ray.randomness import BlockRng
+
+if TYPE_CHECKING:
+    from cdm_ray.config import DSMConfig
 
 
 def draw_noise_levels(config: DSMConfig, count: int, rng: BlockRng) -> Tensor:

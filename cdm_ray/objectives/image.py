@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cdm_ray.config import CPConfig, DSMConfig
 from cdm_ray.networks.dropout import Dropout
 from cdm_ray.objectives.base import ImageBatch, Term
 from cdm_ray.objectives.cp import ConsistencyProperty, Denoiser, Starts
 from cdm_ray.objectives.dsm import add_noise, denoising_loss, draw_noise_levels
 from cdm_ray.randomness import BlockRng
+
+if TYPE_CHECKING:
+    from cdm_ray.config import CPConfig, DSMConfig
 
 
 class ImageObjective:

@@ -18,7 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cdm_ray.config import ConfigError, ImageConfig, flatten
+from cdm_ray.config import ImageConfig, flatten
+from cdm_ray.errors import ConfigError
 from cdm_ray.tracking.server import (
     RunHandle,
     connect,

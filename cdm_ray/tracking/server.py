@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cdm_ray.config import ConfigError, TrackingConfig
+from cdm_ray.config import TrackingConfig
+from cdm_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cdm_ray.config import ConfigError
+from cdm_ray.errors import ConfigError
 from cdm_ray.training.engine import KINDS, WEIGHTS, Engine
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from cdm_ray.config import EMAConfig, OptimizerConfig, RunFailed, TrainConfig
+from cdm_ray.config import EMAConfig, OptimizerConfig, TrainConfig
+from cdm_ray.errors import RunFailed
 from cdm_ray.objectives.base import Term
 from cdm_ray.randomness import BlockRng
 from cdm_ray.training.checkpoint import TrainingState

@@ -17,9 +17,10 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from cdm_ray.config import ConfigError, ImageConfig, RunFailed, build_config, to_yaml
+from cdm_ray.config import ImageConfig, build_config, to_yaml
 from cdm_ray.data.manifest import Manifest
 from cdm_ray.data.stream import LaneStream, RawBatch
+from cdm_ray.errors import ConfigError, RunFailed
 from cdm_ray.networks import build_network
 from cdm_ray.networks.precond import EDMPrecond
 from cdm_ray.objectives.base import ImageBatch

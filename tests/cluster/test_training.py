@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from cdm_ray import cluster
-from cdm_ray.config import ImageConfig, RunFailed, load_config
+from cdm_ray.config import ImageConfig, load_config
 from cdm_ray.data.prepare import ensure_prepared
+from cdm_ray.errors import RunFailed
 from cdm_ray.training.checkpoint import newest_checkpoint
 from cdm_ray.training.engine import KINDS
 from cdm_ray.training.launch import train

@@ -7,9 +7,10 @@ import json
 import pytest
 from data_sets import write_data_set
 
-from cdm_ray.config import ConfigError, DataConfig, ImageConfig, build_config
+from cdm_ray.config import DataConfig, ImageConfig, build_config
 from cdm_ray.data.manifest import Manifest, check_matches
 from cdm_ray.data.prepare import ensure_prepared
+from cdm_ray.errors import ConfigError
 
 
 def test_a_manifest_is_read_back_as_it_was_written(tmp_path):

@@ -16,9 +16,10 @@ from data_sets import image_bytes, save_image, serial_map
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from cdm_ray.config import ConfigError, DataConfig
+from cdm_ray.config import DataConfig
 from cdm_ray.data.manifest import Manifest
 from cdm_ray.data.prepare import ensure_prepared, plan_packing, prepare
+from cdm_ray.errors import ConfigError
 
 
 def digits(folder: Path, **changes) -> DataConfig:

@@ -12,8 +12,8 @@ from data_sets import image_bytes, save_image
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from cdm_ray.config import ConfigError
 from cdm_ray.data.sources import find_images, open_source
+from cdm_ray.errors import ConfigError
 
 
 def labels(source) -> dict[str, int | None]:

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from cdm_ray.config import ConfigError
 from cdm_ray.data import storage
+from cdm_ray.errors import ConfigError
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cdm_ray.config import ConfigError, ImageConfig, build_config
+from cdm_ray.config import ImageConfig, build_config
+from cdm_ray.errors import ConfigError
 from cdm_ray.evaluation.evaluate import evaluate, load_network, plan
 from cdm_ray.evaluation.features import load_extractor
 from cdm_ray.evaluation.figures import sample_grid

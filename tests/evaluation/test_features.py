@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from cdm_ray.config import ConfigError, EvalConfig
+from cdm_ray.config import EvalConfig
+from cdm_ray.errors import ConfigError
 from cdm_ray.evaluation.features import DIGITS_FILE, DigitsNetwork, load_extractor, weights_digest
 from cdm_ray.evaluation.train_digits_features import (
     PROVENANCE_KEY,

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cdm_ray.config import ConfigError, NetworkConfig
+from cdm_ray.config import NetworkConfig
+from cdm_ray.errors import ConfigError
 from cdm_ray.networks import EDMPrecond, build_network
 from cdm_ray.networks.dropout import Dropout
 from cdm_ray.networks.layers import UNetBlock, group_norm

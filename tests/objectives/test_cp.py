@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from cdm_ray.config import ConfigError, CPConfig
+from cdm_ray.config import CPConfig
+from cdm_ray.errors import ConfigError
 from cdm_ray.objectives.cp import ConsistencyProperty, Starts, forward_units
 from cdm_ray.processes.edm import spread
 from cdm_ray.processes.oracles import Gaussian

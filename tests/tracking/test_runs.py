@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cdm_ray.config import ConfigError, ImageConfig, TrackingConfig, flatten, load_config
+from cdm_ray.config import ImageConfig, TrackingConfig, flatten, load_config
+from cdm_ray.errors import ConfigError
 from cdm_ray.tracking import Tracker, finish_run, open_run, ui_command
 from cdm_ray.tracking.server import redact, resolve_uri
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from cdm_ray.config import EMAConfig, ImageConfig, RunFailed, TrainConfig, load_config
+from cdm_ray.config import EMAConfig, ImageConfig, TrainConfig, load_config
+from cdm_ray.errors import RunFailed
 from cdm_ray.networks import build_network
 from cdm_ray.objectives.base import ImageBatch, Term
 from cdm_ray.objectives.image import ImageObjective

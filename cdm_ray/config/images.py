@@ -1,95 +1,30 @@
-"""Typed run configuration: pydantic models, YAML recipes and `section.field=value` overrides.
+"""Configuration of image diffusion runs (`jobs/train_cp.py`).
 
-A configuration is the only input of a run besides the data: every value that changes what is
-computed is a field here, its docstring is its help text, and a combination that cannot work is
-refused here, before any worker starts.
+Every value that changes what is computed is a field, its docstring is its help text, and a
+combination that cannot work is refused here, before any worker starts.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
-import re
-from collections.abc import Iterable, Sequence
-from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self
 
-import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
+from pydantic import Field, field_validator, model_validator
+
+from cdm_ray.config.base import Count, Fraction, NonNegative, Positive, PositiveCount, Section
+from cdm_ray.config.common import (
+    CheckpointConfig,
+    EMAConfig,
+    OptimizerConfig,
+    RayConfig,
+    RunConfig,
+    TrackingConfig,
+    TrainConfig,
 )
-
-
-class ConfigError(ValueError):
-    """A mistake of the user's: one line that names the key or file and what would be right."""
-
-
-class RunFailed(RuntimeError):
-    """A run that cannot go on through no mistake of the command's, and that a restart from the
-    checkpoint would only bring to the same end; one line that says why and what to do."""
-
-
-_COUNT_UNITS = {"": 1, "k": 10**3, "M": 10**6}
-
-
-def parse_count(value: Any) -> Any:
-    """`50k` -> 50000, `200M` -> 200000000, `1.5k` -> 1500; anything else is left to pydantic."""
-    if isinstance(value, bool):
-        raise ValueError(f"{value} is not a count; write a number such as 50000, 50k or 200M")
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kM]?)\s*", value)
-        if match is None:
-            raise ValueError(f"'{value}' is not a count; write a number such as 50000, 50k or 200M")
-        number = float(match[1]) * _COUNT_UNITS[match[2]]
-        if number != int(number):
-            raise ValueError(f"'{value}' is not a whole number")
-        return int(number)
-    return value
-
-
-Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
-PositiveCount = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys refused, immutable, docstrings are help texts."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-        validate_default=True,
-        allow_inf_nan=False,
-    )
-
-
-class RunConfig(Section):
-    name: str | None = None
-    """Name of the run and of its folder; by default the recipe and a digest of the configuration,
-    so that the same command continues the same run."""
-    storage: str = "runs"
-    """Folder that holds the run folders and the default MLflow database; shared by all nodes."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of everything random: weights, data order, noise."""
-
-    @field_validator("name")
-    @classmethod
-    def _plain_name(cls, name: str | None) -> str | None:
-        if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ValueError(f"'{name}' is no folder name; use letters, digits, '.', '_' and '-'")
-        return name
+from cdm_ray.config.loading import flatten
 
 
 class DataConfig(Section):
@@ -207,53 +142,6 @@ class CPConfig(Section):
         return self
 
 
-class TrainConfig(Section):
-    images: PositiveCount = 200_000_000
-    """Training images until the end, repeats counted."""
-    batch: PositiveCount = 256
-    """Global batch over all workers."""
-    micro_batch: PositiveCount | None = None
-    """Most images that a worker puts through the network at once; None: its whole share."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on GPUs, fp32 on CPUs. Master weights are fp32 always."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    """What DeepSpeed shards: nothing, optimizer state, + gradients, + weights."""
-    log_every: Annotated[int, Field(ge=1)] = 50
-    """Steps between two records of loss, speed and gradient norm."""
-    max_nonfinite_in_row: Annotated[int, Field(ge=1)] = 50
-    """Steps with non-finite gradients are skipped and counted; this many in a row stop the run."""
-
-
-class OptimizerConfig(Section):
-    lr: Positive = 1e-3
-    """Adam learning rate after the ramp."""
-    rampup_images: Count = 10_000_000
-    """The learning rate grows linearly from 0 over this many images."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
-        0.9,
-        0.999,
-    )
-    """Adam moment decays."""
-    eps: Positive = 1e-8
-    """Adam denominator offset."""
-    clip_norm: Positive | None = None
-    """Largest global gradient norm; None: no clipping, as in EDM."""
-
-
-class EMAConfig(Section):
-    halflife_images: PositiveCount = 500_000
-    """Half-life of the weight average in images."""
-    rampup_ratio: NonNegative = 0.05
-    """The half-life is at most this share of the images seen so far."""
-
-
-class CheckpointConfig(Section):
-    every_images: PositiveCount = 1_000_000
-    """Training images between two checkpoints; one more is written at the end."""
-    keep_last: Annotated[int, Field(ge=1)] = 2
-    """Newest checkpoints that are kept."""
-
-
 class SamplerConfig(Section):
     ode_steps: Annotated[int, Field(ge=2)] = 18
     """Heun steps of the probability-flow ODE: 2 * steps - 1 network evaluations."""
@@ -286,26 +174,6 @@ class EvalConfig(Section):
     """Images behind each point of the drift curves."""
     drift_sigmas: Annotated[int, Field(ge=2)] = 8
     """Noise levels of the drift curves."""
-
-
-class RayConfig(Section):
-    workers: Annotated[int, Field(ge=1)] = 2
-    """Training workers."""
-    address: str | None = None
-    """Ray cluster to join; None: that of RAY_ADDRESS, else a local one that ends with the job."""
-    use_gpu: bool | Literal["auto"] = "auto"
-    """One GPU per worker; auto: if the cluster has any."""
-    cpus_per_worker: Positive = 1
-    """CPUs reserved for each worker."""
-    max_failures: Annotated[int, Field(ge=0)] = 3
-    """Restarts from the newest checkpoint after a worker or node is lost."""
-
-
-class TrackingConfig(Section):
-    uri: str | None = None
-    """MLflow tracking server; None: MLFLOW_TRACKING_URI, else sqlite in `run.storage`."""
-    experiment: str = "cdm_ray"
-    """MLflow experiment."""
 
 
 NOT_LEARNED = (
@@ -450,143 +318,3 @@ class ImageConfig(Section):
 
 def _absolute(path: str) -> str:
     return path if "://" in path else str(Path(path).absolute())
-
-
-C = TypeVar("C", bound=Section)
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the package."""
-    folder = resources.files("cdm_ray.recipes")
-    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def load_config(root: type[C], recipe: str | None, overrides: Sequence[str] = ()) -> C:
-    """Recipe (a name of `recipe_names()`, a YAML file, or None for the defaults) with overrides.
-
-    Raises ConfigError for an unknown recipe, unknown keys, wrong types and values that do not fit
-    together.
-    """
-    values: dict[str, Any] = {}
-    if recipe is not None:
-        name, values = _read_recipe(recipe)
-        values.setdefault("recipe", name)
-    for override in overrides:
-        _apply_override(values, override)
-    return build_config(root, values)
-
-
-def build_config(root: type[C], values: dict[str, Any]) -> C:
-    """Validate nested values; the message of a ConfigError is one line per mistake."""
-    try:
-        return root.model_validate(values)
-    except ValidationError as error:
-        messages = [_explain(root, dict(entry)) for entry in error.errors()]
-        raise ConfigError("; ".join(messages)) from None
-
-
-def to_yaml(config: Section) -> str:
-    """YAML text that `load_config` reads back to an equal configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def flatten(config: Section) -> dict[str, Any]:
-    """`section.field` -> plain value of every field."""
-    flat: dict[str, Any] = {}
-    for name, value in config.model_dump(mode="json").items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{field}": inner for field, inner in value.items()}
-        else:
-            flat[name] = value
-    return flat
-
-
-def describe(root: type[Section], prefix: str = "") -> Iterable[tuple[str, str, str]]:
-    """(key, default, help) of every field, for --help."""
-    for name, field in root.model_fields.items():
-        key = f"{prefix}{name}"
-        if isinstance(field.default, Section):
-            yield from describe(type(field.default), f"{key}.")
-        else:
-            default = json.dumps(field.default) if field.default is not None else "null"
-            yield key, default, " ".join((field.description or "").split())
-
-
-def _read_recipe(recipe: str) -> tuple[str, dict[str, Any]]:
-    path = Path(recipe)
-    if path.suffix in {".yaml", ".yml"}:
-        if not path.is_file():
-            raise ConfigError(f"recipe {recipe}: no such file")
-        name, text = path.stem, path.read_text()
-    else:
-        names = recipe_names()
-        if recipe not in names:
-            near = difflib.get_close_matches(recipe, names, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ConfigError(
-                f"unknown recipe '{recipe}'; {hint}use one of {', '.join(names)}, or a .yaml file"
-            )
-        name = recipe
-        text = resources.files("cdm_ray.recipes").joinpath(f"{recipe}.yaml").read_text()
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"recipe {recipe}: not valid YAML: {' '.join(str(error).split())}"
-        ) from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"recipe {recipe}: must be a mapping of sections, not {values!r}")
-    return name, values
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise ConfigError(f"'{override}' is not an override; write section.field=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"{key}: '{text}' is not a YAML value") from None
-    *sections, field = key.split(".")
-    node = values
-    for depth, section in enumerate(sections):
-        node = node.setdefault(section, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"{key}: {'.'.join(sections[: depth + 1])} has no fields")
-    node[field] = value
-
-
-def _explain(root: type[Section], error: dict[str, Any]) -> str:
-    """One line for one pydantic error: the key's full path, what is wrong, the nearest key."""
-    location = [str(part) for part in error["loc"]]
-    key = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_nearest_key(root, location)}"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return message if message.startswith(key) else f"{key}: {message}"
-    section = next((p for p in root.model_fields if p == key), None)
-    if section is not None and not isinstance(error["input"], dict):
-        message = "is a section; set its fields, e.g. " + _example_field(root, section)
-    return f"{key}={error['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _example_field(root: type[Section], section: str) -> str:
-    default = root.model_fields[section].default
-    if isinstance(default, Section):
-        return f"{section}.{next(iter(type(default).model_fields))}=..."
-    return f"{section}=..."
-
-
-def _nearest_key(root: type[Section], location: list[str]) -> str:
-    """The most similar key, looked for in the same section first, then everywhere."""
-    known = [key for key, _, _ in describe(root)]
-    same = [key for key in known if key.split(".")[:-1] == location[:-1]]
-    sections = list(root.model_fields) if len(location) == 1 else []
-    wanted = ".".join(location)
-    near = (
-        difflib.get_close_matches(wanted, same + sections, n=1, cutoff=0.7)
-        or [key for key in known if key.split(".")[-1] == location[-1]]
-        or difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
-    )
-    return f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(sections or same)}"

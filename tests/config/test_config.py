@@ -4,16 +4,16 @@ import pytest
 import yaml
 
 from cdm_ray.config import (
-    ConfigError,
     ImageConfig,
     build_config,
     describe,
     flatten,
     load_config,
-    parse_count,
     recipe_names,
     to_yaml,
 )
+from cdm_ray.config.base import parse_count
+from cdm_ray.errors import ConfigError
 
 
 def digits(*overrides):

@@ -1,0 +1,155 @@
+"""Recipes, `section.field=value` overrides and the explanation of what is wrong with them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from cdm_ray.config.base import Section
+from cdm_ray.errors import ConfigError
+
+C = TypeVar("C", bound=Section)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    folder = resources.files("cdm_ray.recipes")
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_config(root: type[C], recipe: str | None, overrides: Sequence[str] = ()) -> C:
+    """Recipe (a name of `recipe_names()`, a YAML file, or None for the defaults) with overrides.
+
+    Raises ConfigError for an unknown recipe, unknown keys, wrong types and values that do not fit
+    together.
+    """
+    values: dict[str, Any] = {}
+    if recipe is not None:
+        name, values = _read_recipe(recipe)
+        values.setdefault("recipe", name)
+    for override in overrides:
+        _apply_override(values, override)
+    return build_config(root, values)
+
+
+def build_config(root: type[C], values: dict[str, Any]) -> C:
+    """Validate nested values; the message of a ConfigError is one line per mistake."""
+    try:
+        return root.model_validate(values)
+    except ValidationError as error:
+        messages = [_explain(root, dict(entry)) for entry in error.errors()]
+        raise ConfigError("; ".join(messages)) from None
+
+
+def to_yaml(config: Section) -> str:
+    """YAML text that `load_config` reads back to an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def flatten(config: Section) -> dict[str, Any]:
+    """`section.field` -> plain value of every field."""
+    flat: dict[str, Any] = {}
+    for name, value in config.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{field}": inner for field, inner in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def describe(root: type[Section], prefix: str = "") -> Iterable[tuple[str, str, str]]:
+    """(key, default, help) of every field, for --help."""
+    for name, field in root.model_fields.items():
+        key = f"{prefix}{name}"
+        if isinstance(field.default, Section):
+            yield from describe(type(field.default), f"{key}.")
+        else:
+            default = json.dumps(field.default) if field.default is not None else "null"
+            yield key, default, " ".join((field.description or "").split())
+
+
+def _read_recipe(recipe: str) -> tuple[str, dict[str, Any]]:
+    path = Path(recipe)
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.is_file():
+            raise ConfigError(f"recipe {recipe}: no such file")
+        name, text = path.stem, path.read_text()
+    else:
+        names = recipe_names()
+        if recipe not in names:
+            near = difflib.get_close_matches(recipe, names, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError(
+                f"unknown recipe '{recipe}'; {hint}use one of {', '.join(names)}, or a .yaml file"
+            )
+        name = recipe
+        text = resources.files("cdm_ray.recipes").joinpath(f"{recipe}.yaml").read_text()
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"recipe {recipe}: not valid YAML: {' '.join(str(error).split())}"
+        ) from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {recipe}: must be a mapping of sections, not {values!r}")
+    return name, values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"'{override}' is not an override; write section.field=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{key}: '{text}' is not a YAML value") from None
+    *sections, field = key.split(".")
+    node = values
+    for depth, section in enumerate(sections):
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{key}: {'.'.join(sections[: depth + 1])} has no fields")
+    node[field] = value
+
+
+def _explain(root: type[Section], error: dict[str, Any]) -> str:
+    """One line for one pydantic error: the key's full path, what is wrong, the nearest key."""
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_nearest_key(root, location)}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return message if message.startswith(key) else f"{key}: {message}"
+    section = next((p for p in root.model_fields if p == key), None)
+    if section is not None and not isinstance(error["input"], dict):
+        message = "is a section; set its fields, e.g. " + _example_field(root, section)
+    return f"{key}={error['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _example_field(root: type[Section], section: str) -> str:
+    default = root.model_fields[section].default
+    if isinstance(default, Section):
+        return f"{section}.{next(iter(type(default).model_fields))}=..."
+    return f"{section}=..."
+
+
+def _nearest_key(root: type[Section], location: list[str]) -> str:
+    """The most similar key, looked for in the same section first, then everywhere."""
+    known = [key for key, _, _ in describe(root)]
+    same = [key for key in known if key.split(".")[:-1] == location[:-1]]
+    sections = list(root.model_fields) if len(location) == 1 else []
+    wanted = ".".join(location)
+    near = (
+        difflib.get_close_matches(wanted, same + sections, n=1, cutoff=0.7)
+        or [key for key in known if key.split(".")[-1] == location[-1]]
+        or difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
+    )
+    return f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(sections or same)}"
