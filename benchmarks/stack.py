@@ -30,13 +30,13 @@ from readme import put_into_readme
 from streaming import measure as measure_streaming
 
 from cdm_ray import cluster
+from cdm_ray.checkpoint import TrainingState
 from cdm_ray.config import CPConfig, ImageConfig, build_config, load_config
 from cdm_ray.data.manifest import Manifest
 from cdm_ray.data.prepare import ensure_prepared
 from cdm_ray.data.stream import LaneStream
 from cdm_ray.objectives.cp import forward_units
 from cdm_ray.objectives.image import ImageObjective
-from cdm_ray.training.checkpoint import TrainingState
 from cdm_ray.training.engine import Engine
 from cdm_ray.training.lanes import deal_lanes, micro_steps
 from cdm_ray.training.launch import train

@@ -31,11 +31,5 @@ def main(config: PrepareConfig, dry_run: bool) -> None:
 
 if __name__ == "__main__":
     sys.exit(
-        run_job(
-            PrepareConfig,
-            main,
-            description=__doc__ or "",
-            examples=EXAMPLES,
-            default_recipe=None,
-        )
+        run_job(PrepareConfig, main, description=__doc__, examples=EXAMPLES, default_recipe=None)
     )

@@ -29,11 +29,5 @@ def main(config: ImageConfig, dry_run: bool) -> None:
 
 if __name__ == "__main__":
     sys.exit(
-        run_job(
-            ImageConfig,
-            main,
-            description=__doc__ or "",
-            examples=EXAMPLES,
-            default_recipe="digits",
-        )
+        run_job(ImageConfig, main, description=__doc__, examples=EXAMPLES, default_recipe="digits")
     )

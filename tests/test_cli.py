@@ -1,7 +1,10 @@
+import json
+
 import pytest
 
-from cdm_ray.cli import run_job
-from cdm_ray.config import ImageConfig
+from cdm_ray.checkpoint import SCHEMA_VERSION, digest_of, sha256_of
+from cdm_ray.cli import run_checkpoint_job, run_job
+from cdm_ray.config import ImageConfig, load_config, to_yaml
 from cdm_ray.errors import ConfigError, RunFailed
 
 
@@ -50,3 +53,45 @@ def test_help_shows_recipes_examples_and_every_field(capsys):
     text = capsys.readouterr().out
     for part in ("digits", "python job.py digits", "cp.weight = 0.0", "train.zero_stage = 1"):
         assert part in text
+
+
+def call_with_checkpoint(arguments):
+    seen = []
+    code = run_checkpoint_job(
+        lambda config, checkpoint, dry_run: seen.append((config, checkpoint)),
+        description="Evaluates.",
+        examples="python job.py runs/mine",
+        arguments=arguments,
+    )
+    return code, seen
+
+
+def test_a_checkpoint_brings_its_configuration_and_a_run_its_newest_checkpoint(tmp_path):
+    for step in (3, 12):
+        write_by_hand(tmp_path / "checkpoints" / f"step-{step:08d}", step, "dsm.p_mean=-1")
+    for named, step in ((tmp_path, 12), (tmp_path / "checkpoints" / "step-00000003", 3)):
+        code, ((config, checkpoint),) = call_with_checkpoint([str(named), "eval.images=7"])
+        assert code == 0
+        assert checkpoint.state.step == step
+        assert checkpoint.run_folder == tmp_path
+        assert (config.recipe, config.dsm.p_mean, config.eval.images) == ("digits", -1.0, 7)
+
+
+def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, capsys):
+    assert call_with_checkpoint([str(tmp_path)]) == (2, [])
+    assert f"{tmp_path}: neither a checkpoint nor the folder of a run" in capsys.readouterr().err
+    assert call_with_checkpoint(["eval.images=7"]) == (2, [])
+    assert "no checkpoint given" in capsys.readouterr().err
+
+
+def write_by_hand(folder, step, *overrides):
+    """A checkpoint without tensors."""
+    folder.mkdir(parents=True)
+    config = folder / "config.yaml"
+    config.write_text(to_yaml(load_config(ImageConfig, "digits", overrides)))
+    content = {
+        "schema": SCHEMA_VERSION,
+        "state": {"step": step, "images_seen": step, "optimizer_steps": step},
+        "sha256": {"config.yaml": sha256_of(config)},
+    }
+    (folder / "state.json").write_text(json.dumps(content | {"digest": digest_of(content)}))

@@ -12,6 +12,7 @@ from cdm_ray.config.common import (
 )
 from cdm_ray.config.images import (
     NOT_LEARNED,
+    AugmentConfig,
     CPConfig,
     DataConfig,
     DSMConfig,
@@ -31,6 +32,7 @@ from cdm_ray.config.loading import (
 
 __all__ = [
     "NOT_LEARNED",
+    "AugmentConfig",
     "CPConfig",
     "CheckpointConfig",
     "DSMConfig",

@@ -26,6 +26,9 @@ from cdm_ray.config.common import (
 )
 from cdm_ray.config.loading import flatten
 
+AUGMENT_DIM = 9
+"""Labels that EDM's augmentation pipe gives an image."""
+
 
 class DataConfig(Section):
     path: str = "data"
@@ -60,8 +63,10 @@ class DataConfig(Section):
 
 
 class NetworkConfig(Section):
-    architecture: Literal["ddpmpp"] = "ddpmpp"
-    """DDPM++ (Song et al. 2021, as configured by EDM)."""
+    architecture: Literal["ddpmpp", "ncsnpp", "adm"] = "ddpmpp"
+    """DDPM++ or NCSN++ (Song et al. 2021) as configured by EDM, or ADM (Dhariwal & Nichol 2021)."""
+    init: str | None = None
+    """Weights to start from: EDM's .pkl, a .safetensors file, or a checkpoint folder of a run."""
     model_channels: Annotated[int, Field(ge=4, multiple_of=4)] = 128
     """Channels of the first level."""
     channel_mult: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (
@@ -81,6 +86,15 @@ class NetworkConfig(Section):
     """Train p(x | label); the shards must carry labels."""
     sigma_data: Positive = 0.5
     """Standard deviation of the data that the preconditioning assumes (EDM, table 1)."""
+    activation_checkpointing: bool = False
+    """Compute each block's activations again in the backward pass: less memory, about a third more
+    time."""
+
+
+class AugmentConfig(Section):
+    p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability of each transformation of EDM's augmentation pipe; above 0 the network is also
+    told what was done, and images are mirrored in half of the cases."""
 
 
 class DSMConfig(Section):
@@ -88,6 +102,9 @@ class DSMConfig(Section):
     """Mean of ln sigma during training (EDM, table 1)."""
     p_std: Positive = 1.2
     """Standard deviation of ln sigma during training (EDM, table 1)."""
+    input_perturbation: NonNegative = 0.0
+    """Train on noise that is sqrt(1 + gamma^2) times stronger than the network is told (Ning et al.
+    2023, input perturbation; they use gamma 0.1 to 0.15); 0: off."""
 
 
 class CPConfig(Section):
@@ -106,7 +123,8 @@ class CPConfig(Section):
     """Reverse SDE step (released code: euler_maruyama)."""
     fraction: Fraction = 0.25
     """Share of each lane's images that takes part; the cost is 3 + 6 * fraction forward passes per
-    image against 3 without CP, with one step and `reuse_d0`. Those images have no dropout."""
+    image against 3 without CP, with one step and `reuse_d0`. Those images have no dropout, unless
+    `dropout` is set."""
     estimator: Literal["product", "regress"] = "product"
     """`product`: (D1 - D0).(D2 - D0) over two rollouts, an unbiased value. `regress`: one rollout
     as a fixed target of D0, an unbiased gradient only."""
@@ -117,6 +135,9 @@ class CPConfig(Section):
     """Weight over sigma: none (released code) or the w(sigma) of denoising score matching."""
     reuse_d0: bool = True
     """Use D0 as the first rollout step instead of evaluating it again (released code: false)."""
+    dropout: bool = False
+    """Keep dropout in every pass of the loss (released code): its variance then enters the
+    value."""
     rollout_weights: Literal["live", "ema"] = "live"
     """Weights that drive the rollouts."""
     sigma_min: Positive = 0.002
@@ -143,31 +164,60 @@ class CPConfig(Section):
 
 
 class SamplerConfig(Section):
+    kind: Literal["ode", "sde"] = "ode"
+    """What `jobs/sample.py` runs; an evaluation runs both."""
+    ode_solver: Literal["euler", "heun", "dpmpp_2m", "dpmpp_3m"] = "heun"
+    """Solver of the probability-flow ODE: heun evaluates the network twice per step (EDM), the
+    others once."""
     ode_steps: Annotated[int, Field(ge=2)] = 18
-    """Heun steps of the probability-flow ODE: 2 * steps - 1 network evaluations."""
+    """Steps of the ODE solver, that to 0 included."""
+    sde_solver: Literal["ancestral", "euler_maruyama", "churn"] = "ancestral"
+    """Solver of the reverse SDE; churn is EDM's stochastic sampler, two evaluations per step."""
     sde_steps: Annotated[int, Field(ge=2)] = 100
-    """Steps of the reverse SDE: as many network evaluations."""
-    sde_step: Literal["ancestral", "euler_maruyama"] = "ancestral"
-    """Reverse SDE step."""
+    """Steps of the SDE solver, that to 0 included."""
     sigma_min: Positive = 0.002
     """Last noise level before 0 (EDM, table 1)."""
     sigma_max: Positive = 80.0
     """First noise level."""
     rho: Positive = 7.0
     """Exponent of the spacing of the noise levels."""
+    churn: NonNegative = 40.0
+    """S_churn of sde_solver=churn: how much noise is added and taken away again, over all steps."""
+    churn_min: NonNegative = 0.05
+    """S_min: no churn below this noise level."""
+    churn_max: Positive = 50.0
+    """S_max: no churn above this noise level."""
+    churn_noise: Positive = 1.003
+    """S_noise: scale of the noise that churn adds."""
+    epsilon_scale: Positive = 1.0
+    """The predicted noise is divided by this at every evaluation (epsilon scaling, Ning et al.
+    2024, who use 1.0005 to 1.005); 1: off."""
 
 
 class EvalConfig(Section):
     images: Annotated[Count, Field(ge=2)] = 50_000
     """Generated images behind each Fréchet distance."""
-    first_seed: Annotated[int, Field(ge=0)] = 0
-    """Image i is made from seed first_seed + i, whatever the batch size and number of workers."""
+    first_seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    """One evaluation for each: its image i is made from seed first_seed + i, whatever the batch
+    size and number of workers. EDM reports the minimum over [0, 50000, 100000]."""
     batch: PositiveCount = 256
     """Images generated at once."""
+    every_kimg: PositiveCount | None = None
+    """Thousands of training images between two evaluations during training, which does not wait
+    for them; None: only at the end."""
     extractor: Literal["digits", "inception"] = "inception"
     """Feature network of the Fréchet distance; only `inception` is called fid."""
     extractor_file: str | None = None
     """TorchScript Inception file, for `inception`."""
+    reference: str | None = None
+    """EDM-format npz (mu, sigma) to measure the Fréchet distance from; None: the data set's own
+    statistics."""
+    kid_subset: PositiveCount = 1000
+    """Images in each of the subsets whose mean is the kernel inception distance."""
+    kid_subsets: PositiveCount = 100
+    """Subsets of the kernel inception distance."""
+    pr_images: PositiveCount = 10_000
+    """Most generated and most real images behind precision and recall."""
     grid: PositiveCount = 64
     """Images in the sample grid."""
     drift_images: Annotated[Count, Field(ge=2)] = 512
@@ -190,6 +240,7 @@ NOT_LEARNED = (
     "train.micro_batch",
     "train.zero_stage",
     "train.log_every",
+    "network.activation_checkpointing",
 )
 """Sections and fields that change how a run is carried out or judged, not what it learns: they are
 no part of its identity, and may differ when a run is continued."""
@@ -203,6 +254,7 @@ class ImageConfig(Section):
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
     network: NetworkConfig = NetworkConfig()
+    augment: AugmentConfig = AugmentConfig()
     dsm: DSMConfig = DSMConfig()
     cp: CPConfig = CPConfig()
     train: TrainConfig = TrainConfig()
@@ -225,6 +277,11 @@ class ImageConfig(Section):
         return math.ceil(self.train.images / self.train.batch)
 
     @property
+    def augment_dim(self) -> int:
+        """Width of the augmentation labels that the network takes."""
+        return AUGMENT_DIM if self.augment.p > 0 else 0
+
+    @property
     def run_name(self) -> str:
         """`run.name`, or the recipe and a digest of everything that changes the result."""
         if self.run.name is not None:
@@ -244,8 +301,13 @@ class ImageConfig(Section):
         values = self.model_dump()
         values["run"] |= {"name": self.run_name, "storage": _absolute(self.run.storage)}
         values["data"]["path"] = _absolute(self.data.path)
-        if self.eval.extractor_file is not None:
-            values["eval"]["extractor_file"] = _absolute(self.eval.extractor_file)
+        for section, key in (
+            ("network", "init"),
+            ("eval", "extractor_file"),
+            ("eval", "reference"),
+        ):
+            if values[section][key] is not None:
+                values[section][key] = _absolute(values[section][key])
         return type(self).model_validate(values)
 
     @model_validator(mode="after")

@@ -15,12 +15,9 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 
+from cdm_ray.checkpoint import KINDS, WEIGHTS
 from cdm_ray.config import OptimizerConfig
-from cdm_ray.training.optimizer import MOMENTS, EMAAdam
-
-WEIGHTS = "weights"
-"""Kind of the float32 master weights; the other kinds are MOMENTS."""
-KINDS = (WEIGHTS, *MOMENTS)
+from cdm_ray.training.optimizer import EMAAdam
 
 
 @dataclass(frozen=True)

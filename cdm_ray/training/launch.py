@@ -11,6 +11,7 @@ from typing import Any
 import ray.train.torch
 
 from cdm_ray import cluster
+from cdm_ray.checkpoint import CHECKPOINTS, Checkpoint, newest_checkpoint
 from cdm_ray.config import NOT_LEARNED, ImageConfig, flatten, load_config, to_yaml
 from cdm_ray.data.manifest import Manifest, check_matches
 from cdm_ray.data.prepare import ensure_prepared
@@ -18,8 +19,7 @@ from cdm_ray.errors import ConfigError, RunFailed
 from cdm_ray.evaluation.evaluate import EvaluationResult, evaluate
 from cdm_ray.report import RESULTS_FILE, RunSummary
 from cdm_ray.tracking import EndStatus, RunHandle, Tracker, finish_run, open_run, ui_command
-from cdm_ray.training.checkpoint import Checkpoint, newest_checkpoint
-from cdm_ray.training.worker import CHECKPOINTS, Assignment, fatal_message, train_worker
+from cdm_ray.training.worker import Assignment, fatal_message, train_worker
 
 CONFIG_FILE = "config.yaml"
 

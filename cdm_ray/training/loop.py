@@ -10,11 +10,11 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
+from cdm_ray.checkpoint import TrainingState
 from cdm_ray.config import EMAConfig, OptimizerConfig, TrainConfig
 from cdm_ray.errors import RunFailed
 from cdm_ray.objectives.base import Term
 from cdm_ray.randomness import BlockRng
-from cdm_ray.training.checkpoint import TrainingState
 from cdm_ray.training.engine import Engine, StepResult
 from cdm_ray.training.optimizer import ema_beta, learning_rate
 

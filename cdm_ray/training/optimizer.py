@@ -13,9 +13,6 @@ import torch
 
 from cdm_ray.config import EMAConfig, OptimizerConfig
 
-MOMENTS = ("ema", "exp_avg", "exp_avg_sq")
-"""Keys of the per-weight optimizer state that a checkpoint holds."""
-
 
 class EMAAdam(torch.optim.Adam):
     """Adam (Kingma & Ba 2015) with `state[p]["ema"] <- b ema + (1 - b) p` after each step.

@@ -17,6 +17,14 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
+from cdm_ray.checkpoint import (
+    CHECKPOINTS,
+    EMA,
+    WEIGHTS,
+    Checkpoint,
+    TrainingState,
+    newest_checkpoint,
+)
 from cdm_ray.config import ImageConfig, build_config, to_yaml
 from cdm_ray.data.manifest import Manifest
 from cdm_ray.data.stream import LaneStream, RawBatch
@@ -27,18 +35,11 @@ from cdm_ray.objectives.base import ImageBatch
 from cdm_ray.objectives.image import ImageObjective
 from cdm_ray.randomness import BlockRng
 from cdm_ray.tracking import RunHandle, Tracker
-from cdm_ray.training.checkpoint import (
-    Checkpoint,
-    TrainingState,
-    newest_checkpoint,
-    write_checkpoint,
-)
-from cdm_ray.training.engine import WEIGHTS, Engine
+from cdm_ray.training.checkpoint import write_checkpoint
+from cdm_ray.training.engine import Engine
 from cdm_ray.training.lanes import MicroStep, deal_lanes, micro_steps
 from cdm_ray.training.loop import Pass, Record, run_loop
 
-CHECKPOINTS = "checkpoints"
-"""Folder of the checkpoints inside the run folder."""
 FATAL_FILE = "fatal.json"
 FATAL_ERRORS = (RunFailed, ConfigError)
 """A restart would only repeat them."""
@@ -195,7 +196,7 @@ def _restore(
 @torch.no_grad()
 def _copy_average(engine: Engine, network: torch.nn.Module) -> None:
     """Averaged weights into `network`; the live ones before the first step. Collective."""
-    kind = "ema" if engine.optimizer_steps > 0 else WEIGHTS
+    kind = EMA if engine.optimizer_steps > 0 else WEIGHTS
     targets = dict(network.named_parameters())
     for name, tensor in engine.gather(kind):
         targets[name].copy_(tensor)

@@ -6,13 +6,11 @@ import pytest
 import torch
 
 from cdm_ray import cluster
+from cdm_ray.checkpoint import CHECKPOINTS, KINDS, newest_checkpoint
 from cdm_ray.config import ImageConfig, load_config
 from cdm_ray.data.prepare import ensure_prepared
 from cdm_ray.errors import RunFailed
-from cdm_ray.training.checkpoint import newest_checkpoint
-from cdm_ray.training.engine import KINDS
 from cdm_ray.training.launch import train
-from cdm_ray.training.worker import CHECKPOINTS
 from tests.cluster.workers import KEYS, diverging_worker, killed_worker, recording_worker
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

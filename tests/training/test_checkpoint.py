@@ -8,16 +8,17 @@ import shutil
 import pytest
 import torch
 
-from cdm_ray.config import OptimizerConfig
-from cdm_ray.training import checkpoint as module
-from cdm_ray.training.checkpoint import (
+from cdm_ray import checkpoint as module
+from cdm_ray.checkpoint import (
+    KINDS,
     Checkpoint,
     CheckpointError,
     TrainingState,
     newest_checkpoint,
-    write_checkpoint,
 )
-from cdm_ray.training.engine import KINDS, Engine
+from cdm_ray.config import OptimizerConfig
+from cdm_ray.training.checkpoint import write_checkpoint
+from cdm_ray.training.engine import Engine
 from tests.distributed import run_workers
 
 
@@ -126,7 +127,7 @@ def test_reading_runs_no_code(root):
     content = json.loads((folder / "state.json").read_text())
     del content["digest"]
     content["sha256"]["ema.safetensors"] = module.sha256_of(folder / "ema.safetensors")
-    content["digest"] = module._digest_of(content)
+    content["digest"] = module.digest_of(content)
     (folder / "state.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="ema.safetensors"):
         Checkpoint.open(folder).tensors("ema")

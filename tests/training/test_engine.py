@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from cdm_ray.checkpoint import KINDS
 from cdm_ray.config import EMAConfig, OptimizerConfig
-from cdm_ray.training.engine import KINDS, Engine
+from cdm_ray.training.engine import Engine
 from cdm_ray.training.optimizer import EMAAdam, ema_beta, learning_rate
 from tests.distributed import run_workers
 

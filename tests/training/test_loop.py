@@ -3,14 +3,14 @@
 import pytest
 import torch
 
+from cdm_ray.checkpoint import KINDS, TrainingState
 from cdm_ray.config import EMAConfig, ImageConfig, TrainConfig, load_config
 from cdm_ray.errors import RunFailed
 from cdm_ray.networks import build_network
 from cdm_ray.objectives.base import ImageBatch, Term
 from cdm_ray.objectives.image import ImageObjective
 from cdm_ray.randomness import BlockRng, generator
-from cdm_ray.training.checkpoint import TrainingState
-from cdm_ray.training.engine import KINDS, Engine
+from cdm_ray.training.engine import Engine
 from cdm_ray.training.lanes import deal_lanes, micro_steps
 from cdm_ray.training.loop import Pass, run_loop
 from tests.distributed import run_workers
