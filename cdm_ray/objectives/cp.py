@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from cdm_ray.errors import ConfigError
+from cdm_ray.networks.dropout import Dropout
 from cdm_ray.objectives.consistency import LEARNING_SIDES, product, regress
 from cdm_ray.objectives.dsm import edm_weight
 from cdm_ray.processes.edm import REVERSE_STEPS, rho_levels
@@ -27,7 +28,8 @@ RHO = 7.0
 ROLLOUTS = {"product": 2, "regress": 1}
 """Independent rollouts per image that each estimator needs."""
 Denoiser = Callable[..., Tensor]
-"""model(x, sigma, class_labels=..., augment_labels=...) -> D, without dropout."""
+"""model(x, sigma, class_labels=..., augment_labels=...) -> D, with dropout=... if the configuration
+asks for it."""
 
 
 def forward_units(config: CPConfig) -> float:
@@ -49,8 +51,8 @@ class Starts:
     sigma: Tensor
     """Their noise levels [n]."""
     denoised: Tensor
-    """D0 = D(x; sigma) of the live weights, with gradient, without dropout on rows that take
-    part."""
+    """D0 = D(x; sigma) of the live weights, with gradient; on rows that take part without
+    dropout, unless `CPConfig.dropout` is set."""
     class_labels: Tensor | None
     augment_labels: Tensor | None
 
@@ -72,7 +74,7 @@ class ConsistencyProperty:
     The first rows of each block, a share `config.fraction`, take part. D0 is that of the denoising
     loss, so that it costs nothing; `reuse_d0` also makes it the first step of the rollouts, which
     is the same number again unless `rollout_model` drives them. Neither rollouts nor ends have
-    dropout.
+    dropout, unless `config.dropout` asks for it.
 
     `rollout_model`: the averaged network, for `config.rollout_weights=ema`.
     """
@@ -137,15 +139,25 @@ class ConsistencyProperty:
     ) -> tuple[Tensor, ...]:
         """D at the ends of independent rollouts, one network call for all."""
         config, copies = self.config, ROLLOUTS[self.config.estimator]
-        times = rho_levels(starts.sigma, sigma_end, config.rollout_steps + 1, RHO)
-        times = times.to(starts.sigma.dtype).repeat(1, copies)
-        begin = starts.map(lambda t: torch.cat([t] * copies))
+
+        def repeat(t: Tensor) -> Tensor:
+            """The copies of a block's rows stay in the block, whose random numbers they get."""
+            return torch.cat([t.unflatten(0, (rng.blocks, -1))] * copies, dim=1).flatten(0, 1)
+
+        begin = starts.map(repeat)
+        times = rho_levels(begin.sigma, repeat(sigma_end), config.rollout_steps + 1, RHO)
+        times = times.to(begin.sigma.dtype)
         driver = model if self.rollout_model is None else self.rollout_model
 
+        given: dict[str, Any] = {
+            "class_labels": begin.class_labels,
+            "augment_labels": begin.augment_labels,
+        }
+        if config.dropout:
+            given["dropout"] = Dropout(rng)
+
         def denoise(network: Denoiser, x: Tensor, sigma: Tensor) -> Tensor:
-            return network(
-                x, sigma, class_labels=begin.class_labels, augment_labels=begin.augment_labels
-            )
+            return network(x, sigma, **given)
 
         with torch.no_grad():
             x = rollout(
@@ -153,8 +165,10 @@ class ConsistencyProperty:
                 self.step,
                 begin.x,
                 times,
-                lambda: torch.cat([rng.normal(*starts.x.shape) for _ in range(copies)]),
+                lambda: rng.normal(*begin.x.shape),
                 first_field=begin.denoised if config.reuse_d0 else None,
             )
         with self.learning.evaluating_end():
-            return denoise(model, x, times[-1]).chunk(copies)
+            ends = denoise(model, x, times[-1])
+        apart = ends.unflatten(0, (rng.blocks, copies, -1)).unbind(1)
+        return tuple(end.flatten(0, 1) for end in apart)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from cdm_ray.networks.dropout import Dropout
@@ -18,7 +19,8 @@ class ImageObjective:
     """Terms `dsm` and, if cp.weight > 0, `cp` of a batch of images.
 
     One network pass over the batch serves both terms; the images that take part in consistency go
-    through it without dropout. `rollout_model` is the averaged network for cp.rollout_weights=ema.
+    through it without dropout, unless `cp.dropout` is set. `rollout_model` is the averaged network
+    for cp.rollout_weights=ema.
     """
 
     def __init__(
@@ -43,8 +45,11 @@ class ImageObjective:
         """
         images, n = batch.images, len(batch.images)
         sigma = draw_noise_levels(self.dsm, n, rng)
-        x = add_noise(images, sigma, rng)
-        dropped = None if self.consistency is None else ~self.consistency.taking_part(n, rng)
+        # Input perturbation: the network is told less noise than there is (Ning et al. 2023).
+        x = add_noise(images, sigma * math.sqrt(1 + self.dsm.input_perturbation**2), rng)
+        dropped = None
+        if self.consistency is not None and not self.cp.dropout:
+            dropped = ~self.consistency.taking_part(n, rng)
         denoised = model(
             x,
             sigma,

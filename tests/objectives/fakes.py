@@ -14,6 +14,7 @@ RELEASED = {
     "fraction": 1.0,
     "gradient": "both",
     "reuse_d0": False,
+    "dropout": True,
 }
 """Options of the released code of Consistent Diffusion Models."""
 

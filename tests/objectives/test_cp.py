@@ -141,16 +141,22 @@ def test_rows_that_take_part_are_the_first_of_each_lane():
     assert consistency.taking_part(12, lanes(3)).nonzero().flatten().tolist() == rows
     consistency(network, starts_of(network, x, sigma), lanes(3))
     (end,) = network.calls
-    assert (end.sigma <= sigma[rows].repeat(2)).all()
-    assert (end.sigma >= 0.75 * sigma[rows].repeat(2)).all()
-    assert torch.equal(end.sigma[:6], end.sigma[6:])
+    one, two = copies(end.sigma, 3)
+    assert (one <= sigma[rows]).all()
+    assert (one >= 0.75 * sigma[rows]).all()
+    assert torch.equal(one, two)
+
+
+def copies(ends, blocks):
+    """What the two rollouts of each row gave, in the order of the rows."""
+    return [end.flatten(0, 1) for end in ends.unflatten(0, (blocks, 2, -1)).unbind(1)]
 
 
 def test_two_rollouts_are_independent():
     network, sigma = FakeNetwork(), torch.full((4000,), 1.0)
     starts = starts_of(network, torch.zeros(4000, 1), sigma)
     ConsistencyProperty(config(), 0.5)(network, starts, lanes(4))
-    one, two = network.calls[0].x.flatten().chunk(2)
+    one, two = (end.flatten() for end in copies(network.calls[0].x, 4))
     # 4 standard errors of a correlation coefficient
     assert torch.corrcoef(torch.stack([one, two]))[0, 1].abs() < 4 / 4000**0.5
 
@@ -160,7 +166,7 @@ def test_rollout_and_ends_see_the_labels_and_no_dropout():
     labels, augment = torch.eye(8), torch.arange(16.0).view(8, 2)
     starts = starts_of(network, noisy(8, sigma), sigma, labels, augment)
     ConsistencyProperty(config(fraction=0.5, rollout_steps=3), 0.5)(network, starts, lanes(2))
-    rows = [0, 1, 4, 5, 0, 1, 4, 5]
+    rows = [0, 1, 0, 1, 4, 5, 4, 5]
     assert len(network.calls) == 3
     for call in network.calls:
         assert torch.equal(call.class_labels, labels[rows])
@@ -168,12 +174,22 @@ def test_rollout_and_ends_see_the_labels_and_no_dropout():
         assert call.dropout is None
 
 
+def test_dropout_in_every_pass_if_asked_for():
+    network, sigma = FakeNetwork(p=0.5), torch.ones(8)
+    starts = starts_of(network, noisy(8, sigma) + 100, sigma)
+    cp = config(rollout_steps=3, dropout=True, fraction=1)
+    ConsistencyProperty(cp, 0.5)(network, starts, lanes(2))
+    assert len(network.calls) == 3
+    for call in network.calls:
+        assert 0.2 < (call.result == 0).float().mean() < 0.8
+
+
 def test_rollout_starts_from_x_and_visits_the_levels_in_between():
     network, sigma = FakeNetwork(), torch.ones(4)
     x = noisy(4, sigma)
     cp = config(rollout_steps=5, step_kind="euler_maruyama", reuse_d0=False)
     ConsistencyProperty(cp, 0.5)(network, starts_of(network, x, sigma), lanes(2))
-    assert torch.equal(network.calls[0].x, x.repeat(2, 1, 1, 1))
+    assert torch.equal(network.calls[0].x, x[[0, 1, 0, 1, 2, 3, 2, 3]])
     visited = torch.stack([call.sigma for call in network.calls])
     assert torch.equal(visited[0], torch.ones(8))
     roots = visited.double() ** (1 / 7)
@@ -194,7 +210,7 @@ def test_only_the_chosen_side_learns(gradient, start, end):
     starts = Starts(starts.x, sigma, d0, None, None)
     values = ConsistencyProperty(config(gradient=gradient), 0.5)(network, starts, lanes(2))
     values.sum().backward()
-    ends = network.calls[-1].result.chunk(2)
+    ends = copies(network.calls[-1].result, 2)
     assert (d0.grad is not None) == start
     assert (network.scale.grad is not None) == end
     if start:
@@ -241,9 +257,10 @@ def test_reusing_d0_changes_the_cost_and_not_the_value():
     assert (told[True][1], told[False][1]) == (3, 4)
 
 
-def test_blocks_own_their_draws():
-    network, sigma = FakeNetwork(), torch.linspace(0.1, 2, 16)
-    x, cp = noisy(16, sigma), config(fraction=0.5, rollout_steps=2)
+@pytest.mark.parametrize("dropout", [False, True])
+def test_blocks_own_their_draws(dropout):
+    network, sigma = FakeNetwork(p=0.3), torch.linspace(0.1, 2, 16)
+    x, cp = noisy(16, sigma), config(fraction=0.5, rollout_steps=2, dropout=dropout)
     consistency = ConsistencyProperty(cp, 0.5)
     together = consistency(network, starts_of(network, x, sigma), lanes(4))
     for half in range(2):

@@ -101,6 +101,25 @@ def test_denoising_term_is_the_weighted_squared_error_at_log_normal_noise():
     assert term.value.item() == pytest.approx((weight * squares).sum().item(), rel=1e-5)
 
 
+def test_input_perturbation_adds_noise_that_the_network_is_not_told_of():
+    seen = {}
+    for gamma in (0.0, 0.75):
+        network = FakeNetwork()
+        objective({"input_perturbation": gamma}, weight=0.0)(network, batch(), lanes(), 0)
+        seen[gamma] = network.calls[0]
+    assert torch.equal(seen[0.75].sigma, seen[0.0].sigma)
+    noise = {gamma: call.x - batch().images for gamma, call in seen.items()}
+    # sqrt(1 + 0.75^2) = 1.25; float32 rounding of sums around 1
+    torch.testing.assert_close(noise[0.75], 1.25 * noise[0.0], rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_of_the_released_code_spares_no_image():
+    network = FakeNetwork(p=0.5)
+    objective(fraction=1.0, dropout=True)(network, batch(), lanes(), 0)
+    assert network.calls[0].dropout.active is None
+    assert all(call.dropout is not None for call in network.calls)
+
+
 def test_noise_and_dropout_of_the_denoising_term_do_not_depend_on_consistency():
     results = {}
     for weight in (0.0, 1.0):
