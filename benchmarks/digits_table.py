@@ -1,12 +1,14 @@
-"""DSM against DSM + CP on digits: 5 seeds each, equal training images, 95 % intervals.
+"""DSM against DSM + CP and against two baselines that cost nothing, on digits: 5 seeds each, equal
+training images, 95 % intervals.
 
-`python benchmarks/digits_table.py` trains what is missing under runs/table, writes
+`python benchmarks/digits_table.py` trains and evaluates what is missing under runs/table, writes
 benchmarks/results/digits_table.json and the pictures in docs/, and puts the table into README.md.
-The difference is taken seed by seed: both objectives see the same images and noise.
+Differences are taken seed by seed: all variants see the same images and noise.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 import sys
@@ -20,7 +22,9 @@ from readme import put_into_readme
 from scipy import stats
 
 from cdm_ray import cluster
-from cdm_ray.config import ImageConfig, load_config
+from cdm_ray.checkpoint import CONFIG_FILE, Checkpoint
+from cdm_ray.config import ImageConfig, RayConfig, load_config
+from cdm_ray.evaluation.launch import evaluate_checkpoint
 from cdm_ray.report import RESULTS_FILE, RunSummary
 from cdm_ray.training.launch import run_images
 
@@ -39,6 +43,16 @@ METRICS = {
     "cp_residual": "CP residual × 1000",
 }
 SCALE = {"cp_residual": 1000.0}
+BASELINE = "DSM"
+TRAINED = {
+    BASELINE: ["cp.weight=0"],
+    "CP": [],
+    "input perturbation": ["cp.weight=0", "dsm.input_perturbation=0.1"],
+}
+"""What is trained, as changes of the digits recipe."""
+EPSILON_SCALE = 1.005
+"""The one value tried, of those that Ning et al. (2024) use."""
+Values = dict[str, dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,7 @@ class Interval:
 
 
 def configurations() -> dict[str, list[ImageConfig]]:
+    """Trained variants, seeds in order."""
     storage = f"run.storage={ROOT / 'runs' / 'table'}"
     data = f"data.path={ROOT / 'data' / 'digits'}"
     return {
@@ -65,41 +80,52 @@ def configurations() -> dict[str, list[ImageConfig]]:
             load_config(ImageConfig, "digits", [storage, data, f"run.seed={s}", *changes])
             for s in SEEDS
         ]
-        for name, changes in {"DSM": ["cp.weight=0"], "DSM + CP": []}.items()
+        for name, changes in TRAINED.items()
     }
 
 
 def summaries() -> dict[str, list[RunSummary]]:
-    """Results of all runs, seeds in order; trains those that are not finished."""
+    """Results of all training runs, seeds in order; trains those that are not finished."""
     configs = configurations()
-    missing = [
-        group[seed]
-        for seed in SEEDS
-        for group in configs.values()
-        if not (group[seed].run_folder / RESULTS_FILE).is_file()
-    ]
-    if missing:
-        with cluster.connected(missing[0].ray):
-            for config in missing:
-                run_images(config)
+    for seed in SEEDS:
+        for group in configs.values():
+            if not (group[seed].run_folder / RESULTS_FILE).is_file():
+                run_images(group[seed])
     return {
         name: [RunSummary.load(config.run_folder) for config in group]
         for name, group in configs.items()
     }
 
 
-def collect(runs: dict[str, list[RunSummary]]) -> dict[str, dict[str, np.ndarray]]:
+def scaled_epsilon(runs: list[RunSummary]) -> list[dict[str, float]]:
+    """Metrics of these runs' weights when the predicted noise is scaled while sampling."""
+    found = []
+    for run in runs:
+        checkpoint = Checkpoint.open(Path(run.checkpoint))
+        override = f"sampler.epsilon_scale={EPSILON_SCALE}"
+        config = load_config(ImageConfig, str(checkpoint.folder / CONFIG_FILE), [override])
+        found.append(evaluate_checkpoint(config, checkpoint, cluster.map_tasks).metrics)
+    return found
+
+
+def collect(metrics: dict[str, list[dict[str, float]]]) -> Values:
     return {
         name: {
-            metric: np.array([run.metrics[metric] for run in group]) * SCALE.get(metric, 1.0)
+            metric: np.array([one[metric] for one in group]) * SCALE.get(metric, 1.0)
             for metric in METRICS
         }
-        for name, group in runs.items()
+        for name, group in metrics.items()
     }
 
 
-def table(values: dict[str, dict[str, np.ndarray]], runs: dict[str, list[RunSummary]]) -> str:
-    first = runs["DSM + CP"][0]
+def verdict(difference: Interval) -> str:
+    if abs(difference.mean) <= difference.half_width:
+        return "not distinguishable"
+    return "better" if difference.mean < 0 else "worse"
+
+
+def table(values: Values, first: RunSummary) -> str:
+    """Mean and interval of every variant; below, what each changes against DSM."""
     n = int(first.metrics["fd_images"])
     lines = [
         "| | " + " | ".join(METRICS.values()) + " |",
@@ -107,18 +133,14 @@ def table(values: dict[str, dict[str, np.ndarray]], runs: dict[str, list[RunSumm
     ]
     for name, row in values.items():
         lines.append(f"| {name} | " + " | ".join(str(Interval.of(v)) for v in row.values()) + " |")
-    difference = [Interval.of(values["DSM + CP"][m] - values["DSM"][m]) for m in METRICS]
-    lines.append("| difference, seed by seed | " + " | ".join(map(str, difference)) + " |")
-    verdicts = [
-        "not distinguishable" if abs(d.mean) <= d.half_width else
-        ("CP better" if d.mean < 0 else "CP worse")
-        for d in difference
-    ]  # fmt: skip
-    lines.append("| verdict at 95 % | " + " | ".join(verdicts) + " |")
+    for name in list(values)[1:]:
+        differences = [Interval.of(values[name][m] - values[BASELINE][m]) for m in METRICS]
+        cells = [f"{difference}: {verdict(difference)}" for difference in differences]
+        lines.append(f"| {name} less {BASELINE} | " + " | ".join(cells) + " |")
     return "\n".join(
         [
-            f"Mean and 95 % interval over {len(SEEDS)} seeds; {first.images:,} training images "
-            f"each, CP weight {first.cp_weight:g}; every Fréchet distance (FD) over n = {n:,} "
+            f"Mean and 95 % interval over {len(SEEDS)} seeds, differences seed by seed; "
+            f"{first.images:,} training images each; every Fréchet distance (FD) over n = {n:,} "
             f"generated and {int(first.metrics['fd_reference_images']):,} real images with the "
             f"`digits` feature network; lower is better. By `{COMMAND}`.",
             "",
@@ -127,23 +149,23 @@ def table(values: dict[str, dict[str, np.ndarray]], runs: dict[str, list[RunSumm
     )
 
 
-def draw(values: dict[str, dict[str, np.ndarray]]) -> None:
-    """Every seed as a line from DSM to DSM + CP: is the change larger than the scatter?"""
-    figure = Figure(figsize=(9, 3), layout="constrained")
+def draw(values: Values) -> None:
+    """Every seed as a line across the variants: is the change larger than the scatter?"""
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    places = np.arange(len(values))
     for axes, (metric, title) in zip(
         figure.subplots(1, len(METRICS)), METRICS.items(), strict=True
     ):
-        pairs = np.stack([group[metric] for group in values.values()])
-        axes.plot([0, 1], pairs, color="#999999", marker="o", markersize=4, linewidth=1)
-        for x, row in enumerate(pairs):
-            interval = Interval.of(row)
-            axes.errorbar(
-                x + (0.08 if x else -0.08), interval.mean, interval.half_width,
-                color="#0072b2", marker="s", capsize=4,
-            )  # fmt: skip
-        axes.set_xticks([0, 1], list(values))
-        axes.set_xlim(-0.4, 1.4)
-        axes.set_ylim(0, 1.15 * pairs.max())
+        rows = np.stack([group[metric] for group in values.values()])
+        axes.plot(places, rows, color="#999999", marker="o", markersize=4, linewidth=1)
+        intervals = [Interval.of(row) for row in rows]
+        axes.errorbar(
+            places + 0.12, [i.mean for i in intervals], [i.half_width for i in intervals],
+            color="#0072b2", marker="s", capsize=4, linestyle="none",
+        )  # fmt: skip
+        axes.set_xticks(places, [name.replace(" ", "\n") for name in values], fontsize=8)
+        axes.set_xlim(-0.4, len(values) - 0.6)
+        axes.set_ylim(0, 1.15 * rows.max())
         axes.set_title(title, fontsize=10)
     figure.suptitle("grey: the five seeds; blue: mean and 95 % interval", fontsize=9)
     FIGURE.parent.mkdir(exist_ok=True)
@@ -158,23 +180,29 @@ def copy_pictures(run: RunSummary) -> None:
 
 
 def main() -> None:
-    runs = summaries()
-    values = collect(runs)
-    text = table(values, runs)
+    with cluster.connected(RayConfig()):
+        runs = summaries()
+        metrics = {name: [run.metrics for run in group] for name, group in runs.items()}
+        metrics["epsilon scaling"] = scaled_epsilon(runs[BASELINE])
+    values = collect(metrics)
+    text = table(values, runs[BASELINE][0])
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(
         json.dumps(
             {
                 "command": COMMAND,
+                "date": datetime.date.today().isoformat(),
                 "versions": {n: version(n) for n in ("torch", "ray", "deepspeed")},
                 "seeds": list(SEEDS),
+                "trained": TRAINED,
+                "epsilon_scale": EPSILON_SCALE,
                 "values": {g: {m: v.tolist() for m, v in row.items()} for g, row in values.items()},
             },
             indent=1,
         )
     )
     draw(values)
-    copy_pictures(runs["DSM + CP"][0])
+    copy_pictures(runs["CP"][0])
     put_into_readme("digits table", text)
     print(text)
 

@@ -42,7 +42,7 @@ from cdm_ray.training.lanes import deal_lanes, micro_steps
 from cdm_ray.training.launch import train
 from cdm_ray.training.loop import run_loop
 from cdm_ray.training.optimizer import ema_beta, learning_rate
-from cdm_ray.training.worker import _passes, image_batch, initial_network
+from cdm_ray.training.worker import _passes, image_batch, random_network
 
 RESULTS = Path(__file__).parent / "results" / "stack.json"
 REPEATS = 15
@@ -94,7 +94,7 @@ def stack_variant(config: ImageConfig, manifest: Manifest, cp: CPConfig) -> Call
     lanes = list(range(config.data.lanes))
     schedule = micro_steps(deal_lanes(len(lanes), 1), 0, None)
     engine = Engine(
-        initial_network(config, manifest),
+        random_network(config, manifest),
         config.optimizer,
         zero_stage=config.train.zero_stage,
         precision="fp32",
@@ -126,7 +126,7 @@ def stack_variant(config: ImageConfig, manifest: Manifest, cp: CPConfig) -> Call
 
 def bare_variant(config: ImageConfig, manifest: Manifest) -> Callable[[int], None]:
     """The shortest DSM loop in plain PyTorch: data in memory, fused Adam, foreach average."""
-    network = initial_network(config, manifest)
+    network = random_network(config, manifest)
     weights = list(network.parameters())
     averages = [w.detach().clone() for w in weights]
     optimizer = torch.optim.Adam(weights, lr=config.optimizer.lr, fused=True)
@@ -225,7 +225,7 @@ def measure_steps(name: str, block: int, overrides: list[str], folder: Path) -> 
     train(config, None, worker=measuring_worker)
     speeds = json.loads((config.run_folder / "speeds.json").read_text())
     stack, cp = speeds["stack"], speeds["cp"]
-    parameters = sum(p.numel() for p in initial_network(config, manifest).parameters())
+    parameters = sum(p.numel() for p in random_network(config, manifest).parameters())
     return {
         "parameters": parameters,
         "batch": config.train.batch,

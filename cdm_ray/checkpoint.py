@@ -73,9 +73,16 @@ class Checkpoint:
         return cls(folder, TrainingState(**content["state"]))
 
     @property
+    def name(self) -> str:
+        """Such as step-00001563."""
+        return self.folder.absolute().name
+
+    @property
     def run_folder(self) -> Path:
-        """Folder of the run that wrote it."""
-        return self.folder.absolute().parent.parent
+        """Folder of the run that it lies in, wherever that was moved to, or the folder around a
+        checkpoint that was copied out of its run."""
+        around = self.folder.absolute().parent
+        return around.parent if around.name == CHECKPOINTS else around
 
     def tensors(self, kind: str) -> dict[str, torch.Tensor]:
         """All tensors of one kind of `KINDS`, on the CPU."""
@@ -84,6 +91,11 @@ class Checkpoint:
             return load_file(path)
         except SafetensorError as error:
             raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the folder of what belongs to a step; names sort like steps."""
+    return f"step-{step:08d}"
 
 
 def sha256_of(path: Path) -> str:

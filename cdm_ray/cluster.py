@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
@@ -92,33 +93,52 @@ def uses_gpu(config: RayConfig) -> bool:
     return config.use_gpu
 
 
+@dataclass(frozen=True)
+class TaskResources:
+    """What each of the tasks of a map takes, and how many of them may run at once."""
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+    at_once: int | None = None
+    """None: as many as the cluster has room for."""
+
+
 def map_tasks(
     function: Callable[[T], R],
     items: Sequence[T],
     description: str,
     *,
-    gpus_per_task: float = 0.0,
+    resources: TaskResources = TaskResources(),
+    show: bool = True,
 ) -> list[R]:
-    """`[function(item) for item in items]` as Ray tasks with a progress bar.
+    """`[function(item) for item in items]` as Ray tasks, with a progress bar if `show`.
 
-    The function, with whatever it closes over, is put into the object store once. The first task
-    that fails ends the map with that task's own exception.
+    The function, with whatever it closes over, is put into the object store once. A task whose
+    worker dies is run again by Ray; the first one that fails ends the map with its own exception.
     """
     shared = ray.put(function)
-    task: Any = ray.remote(num_cpus=1, num_gpus=gpus_per_task)(_call)
-    references = [task.remote(shared, item) for item in items]
-    pending = list(references)
-    with tqdm(total=len(items), desc=description, file=sys.stderr, dynamic_ncols=True) as bar:
+    # max_calls=0: by default Ray starts a process for each task that has a GPU.
+    remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_calls=0)
+    task: Any = remote(_call)
+    waiting = list(enumerate(items))[::-1]
+    running: dict[ray.ObjectRef, int] = {}
+    results: dict[int, R] = {}
+    with tqdm(
+        total=len(items), desc=description, file=sys.stderr, dynamic_ncols=True, disable=not show
+    ) as bar:
         try:
-            while pending:
-                done, pending = ray.wait(pending, num_returns=1)
-                ray.get(done)
-                bar.update(len(done))
+            while waiting or running:
+                while waiting and len(running) < (resources.at_once or len(items)):
+                    index, item = waiting.pop()
+                    running[task.remote(shared, item)] = index
+                (done,), _ = ray.wait(list(running), num_returns=1)
+                results[running.pop(done)] = ray.get(done)
+                bar.update()
         except ray.exceptions.RayTaskError as error:
-            for reference in pending:
+            for reference in running:
                 ray.cancel(reference)
             raise error.cause from error
-    return ray.get(references)
+    return [results[index] for index in range(len(items))]
 
 
 def _call(function: Callable[[T], R], item: T) -> R:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ def _row(summary: RunSummary) -> dict[str, str]:
         "images": f"{summary.images:,}",
     }
     for name, value in metrics.items():
-        if name.endswith(("_ode", "_sde")) and not name.startswith("nfe_"):
+        if re.fullmatch(r"(fid|fd_\w+)_(ode|sde)", name):
             row[f"{name} (n={count:,})"] = f"{value:.3f}"
     row["CP residual"] = f"{metrics['cp_residual']:.2e} ± {metrics['cp_residual_se']:.0e}"
     speed = summary.images_per_second

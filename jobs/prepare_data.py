@@ -9,8 +9,9 @@ from cdm_ray.data.prepare import PrepareConfig, pack, plan_packing
 EXAMPLES = """
 python jobs/prepare_data.py digits
 python jobs/prepare_data.py data.source=photos data.path=data/photos data.resolution=64
-python jobs/prepare_data.py data.source=cifar10-32x32.zip data.path=data/cifar10 data.resolution=32
-python jobs/prepare_data.py data.source=afhq data.path=data/afhq data.resolution=64 --dry-run
+python jobs/prepare_data.py cifar10-cond data.source=cifar-10-python.tar.gz
+python jobs/prepare_data.py ffhq-64 data.source=ffhq-dataset/images1024x1024
+python jobs/prepare_data.py afhqv2-64 data.source=afhq_v2 data.path=/shared/afhqv2 --dry-run
 Running the same command again continues an interrupted packing and verifies a finished one.
 """
 

@@ -1,11 +1,9 @@
-import json
-
 import pytest
 
-from cdm_ray.checkpoint import SCHEMA_VERSION, digest_of, sha256_of
 from cdm_ray.cli import run_checkpoint_job, run_job
-from cdm_ray.config import ImageConfig, load_config, to_yaml
+from cdm_ray.config import ImageConfig, load_config
 from cdm_ray.errors import ConfigError, RunFailed
+from tests.checkpoints import make_checkpoint
 
 
 def call(arguments, main=lambda config, dry_run: None):
@@ -68,7 +66,8 @@ def call_with_checkpoint(arguments):
 
 def test_a_checkpoint_brings_its_configuration_and_a_run_its_newest_checkpoint(tmp_path):
     for step in (3, 12):
-        write_by_hand(tmp_path / "checkpoints" / f"step-{step:08d}", step, "dsm.p_mean=-1")
+        config = load_config(ImageConfig, "digits", ["dsm.p_mean=-1"])
+        make_checkpoint(tmp_path, config, {}, step=step)
     for named, step in ((tmp_path, 12), (tmp_path / "checkpoints" / "step-00000003", 3)):
         code, ((config, checkpoint),) = call_with_checkpoint([str(named), "eval.images=7"])
         assert code == 0
@@ -82,16 +81,3 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, capsys):
     assert f"{tmp_path}: neither a checkpoint nor the folder of a run" in capsys.readouterr().err
     assert call_with_checkpoint(["eval.images=7"]) == (2, [])
     assert "no checkpoint given" in capsys.readouterr().err
-
-
-def write_by_hand(folder, step, *overrides):
-    """A checkpoint without tensors."""
-    folder.mkdir(parents=True)
-    config = folder / "config.yaml"
-    config.write_text(to_yaml(load_config(ImageConfig, "digits", overrides)))
-    content = {
-        "schema": SCHEMA_VERSION,
-        "state": {"step": step, "images_seen": step, "optimizer_steps": step},
-        "sha256": {"config.yaml": sha256_of(config)},
-    }
-    (folder / "state.json").write_text(json.dumps(content | {"digest": digest_of(content)}))

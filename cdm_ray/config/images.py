@@ -35,7 +35,8 @@ class DataConfig(Section):
     """Folder or fsspec URL with the shards and their manifest.json."""
     source: str | None = None
     """What to pack into shards when `data.path` holds none: `digits`, a folder of images (class
-    folders become labels), an EDM-style zip, or an FFHQ or AFHQ folder."""
+    folders become labels), an EDM-style zip, an FFHQ or AFHQ folder, or CIFAR-10's python
+    archive."""
     resolution: Annotated[int, Field(ge=1)] = 32
     """Images are centre-cropped and resized to this many pixels, squared."""
     channels: Literal[1, 3] = 3
@@ -212,11 +213,11 @@ class EvalConfig(Section):
     reference: str | None = None
     """EDM-format npz (mu, sigma) to measure the Fréchet distance from; None: the data set's own
     statistics."""
-    kid_subset: PositiveCount = 1000
+    kid_subset: Annotated[Count, Field(ge=2)] = 1000
     """Images in each of the subsets whose mean is the kernel inception distance."""
     kid_subsets: PositiveCount = 100
     """Subsets of the kernel inception distance."""
-    pr_images: PositiveCount = 10_000
+    pr_images: Annotated[Count, Field(ge=2)] = 10_000
     """Most generated and most real images behind precision and recall."""
     grid: PositiveCount = 64
     """Images in the sample grid."""
@@ -275,6 +276,15 @@ class ImageConfig(Section):
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
         return math.ceil(self.train.images / self.train.batch)
+
+    @property
+    def evaluation_steps(self) -> range:
+        """Steps after which the averaged weights are evaluated while training goes on; the last
+        step has its evaluation anyway."""
+        if self.eval.every_kimg is None:
+            return range(0)
+        every = max(1, round(self.eval.every_kimg * 1000 / self.train.batch))
+        return range(every, self.steps, every)
 
     @property
     def augment_dim(self) -> int:

@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Iterable, Sequence
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,22 +19,32 @@ from cdm_ray.errors import ConfigError
 C = TypeVar("C", bound=Section)
 
 
+_PARTS = "parts"
+
+
 def recipe_names() -> list[str]:
     """Names of the recipes that ship with the package."""
-    folder = resources.files("cdm_ray.recipes")
-    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return _names_in(_package())
+
+
+def part_names() -> list[str]:
+    """Names of what recipes that ship with the package share: no runs by themselves."""
+    return [f"{_PARTS}/{name}" for name in _names_in(_package().joinpath(_PARTS))]
 
 
 def load_config(root: type[C], recipe: str | None, overrides: Sequence[str] = ()) -> C:
     """Recipe (a name of `recipe_names()`, a YAML file, or None for the defaults) with overrides.
 
-    Raises ConfigError for an unknown recipe, unknown keys, wrong types and values that do not fit
-    together.
+    A recipe that `extends` another, or several from left to right, starts from their fields; they
+    are named as recipes of the package, parts included, or as files relative to its own. Their
+    sections are merged, and any other value replaces the one before.
+    Raises ConfigError for an unknown recipe, recipes that extend each other, unknown keys, wrong
+    types and values that do not fit together.
     """
     values: dict[str, Any] = {}
     if recipe is not None:
-        name, values = _read_recipe(recipe)
-        values.setdefault("recipe", name)
+        values = _read_recipe(recipe, recipe_names())
+        values.setdefault("recipe", Path(recipe).stem if _is_file(recipe) else recipe)
     for override in overrides:
         _apply_override(values, override)
     return build_config(root, values)
@@ -75,22 +86,51 @@ def describe(root: type[Section], prefix: str = "") -> Iterable[tuple[str, str, 
             yield key, default, " ".join((field.description or "").split())
 
 
-def _read_recipe(recipe: str) -> tuple[str, dict[str, Any]]:
-    path = Path(recipe)
-    if path.suffix in {".yaml", ".yml"}:
-        if not path.is_file():
-            raise ConfigError(f"recipe {recipe}: no such file")
-        name, text = path.stem, path.read_text()
-    else:
-        names = recipe_names()
-        if recipe not in names:
-            near = difflib.get_close_matches(recipe, names, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ConfigError(
-                f"unknown recipe '{recipe}'; {hint}use one of {', '.join(names)}, or a .yaml file"
-            )
-        name = recipe
-        text = resources.files("cdm_ray.recipes").joinpath(f"{recipe}.yaml").read_text()
+def _package() -> Traversable:
+    return resources.files("cdm_ray.recipes")
+
+
+def _names_in(folder: Traversable) -> list[str]:
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _is_file(recipe: str) -> bool:
+    """Whether a recipe is given as a file and not as a name of the package's."""
+    return Path(recipe).suffix in {".yaml", ".yml"}
+
+
+def _read_recipe(
+    recipe: str, known: Sequence[str], extended_by: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Fields of a recipe over those of the recipes that it extends; names are among `known`."""
+    values = _parse(recipe, _text(recipe, known, extended_by))
+    merged: dict[str, Any] = {}
+    for base in _bases(recipe, values.pop("extends", [])):
+        chain = (*extended_by, recipe)
+        if _identity(base) in map(_identity, chain):
+            raise ConfigError(f"recipe {chain[0]}: extends itself: {' -> '.join((*chain, base))}")
+        fields = _read_recipe(base, [*recipe_names(), *part_names()], chain)
+        fields.pop("recipe", None)  # a run is called after the recipe that was asked for
+        merged = _merge(merged, fields)
+    return _merge(merged, values)
+
+
+def _text(recipe: str, known: Sequence[str], extended_by: tuple[str, ...]) -> str:
+    by = f", which {extended_by[-1]} extends" if extended_by else ""
+    if not _is_file(recipe):
+        if recipe in known:
+            return _package().joinpath(f"{recipe}.yaml").read_text()
+        near = difflib.get_close_matches(recipe, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(
+            f"unknown recipe '{recipe}'{by}; {hint}use one of {', '.join(known)}, or a .yaml file"
+        )
+    if not Path(recipe).is_file():
+        raise ConfigError(f"recipe {recipe}{by}: no such file")
+    return Path(recipe).read_text()
+
+
+def _parse(recipe: str, text: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
@@ -99,7 +139,31 @@ def _read_recipe(recipe: str) -> tuple[str, dict[str, Any]]:
         ) from None
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {recipe}: must be a mapping of sections, not {values!r}")
-    return name, values
+    return values
+
+
+def _bases(recipe: str, extends: Any) -> list[str]:
+    """The recipes that `extends` names; files relative to the folder of the recipe's file."""
+    names = [extends] if isinstance(extends, str) else extends
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(
+            f"recipe {recipe}: extends={extends!r} must be the name of a recipe or a list of names"
+        )
+    folder = Path(recipe).parent
+    return [str(folder / name) if _is_file(name) else name for name in names]
+
+
+def _identity(recipe: str) -> str:
+    return str(Path(recipe).resolve()) if _is_file(recipe) else recipe
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Fields of both, sections merged, what is `above` where both have a field."""
+    merged = below | above
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            merged[key] = _merge(below[key], above[key])
+    return merged
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -24,7 +24,7 @@ from cdm_ray.config import DataConfig, ImageConfig
 from cdm_ray.data.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from cdm_ray.data.order import packing_order
 from cdm_ray.data.packing import PARTIAL, STATE_FOLDER, ShardReport, ShardTask, pack_shard
-from cdm_ray.data.sources import Source, find_images
+from cdm_ray.data.sources import KINDS, Source, find_images
 from cdm_ray.data.storage import local_folder, write_atomically
 from cdm_ray.errors import ConfigError
 
@@ -114,9 +114,7 @@ def plan_packing(config: DataConfig) -> Packing:
     finished or not.
     """
     if config.source is None:
-        raise ConfigError(
-            "data.source is not set: name the images to pack, `digits`, a folder, or a zip"
-        )
+        raise ConfigError(f"data.source is not set: name the images to pack, {KINDS}")
     folder = local_folder(config.path)
     source = find_images(config.source)
     listing = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Where images come from: scikit-learn's digits, a folder, or a zip, with or without labels."""
+"""Where images come from: digits, a folder, a zip, or CIFAR-10's archive; labels where they are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,18 +15,20 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cdm_ray.data import cifar10
 from cdm_ray.data.images import SUFFIXES
 from cdm_ray.data.storage import absolute, is_url, one_line
 from cdm_ray.errors import ConfigError
 
-Kind = Literal["digits", "folder", "zip"]
+Kind = Literal["digits", "cifar10", "folder", "zip"]
 
 _LARGEST_FILE = 2**30
 _MOST_CLASSES = 2**20
 _FFHQ_FOLDER = 1000
 _LABELS_NAME = "dataset.json"
 _OTHER_SPLITS = {"test", "val", "valid", "validation"}
-_KINDS = "`digits`, a folder of images, or a zip of images"
+_FFHQ_VERSIONS = ("images1024x1024", "thumbnails128x128", "in-the-wild-images")
+KINDS = "`digits`, a folder of images, a zip of images, or CIFAR-10's python archive"
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,13 @@ def find_images(source: str) -> Source:
     """The images that `data.source` names; raises ConfigError when there are none to be had.
 
     - `digits`: 1,797 images of scikit-learn, 8x8, 16 grey levels, classes 0 to 9.
+    - CIFAR-10's python archive, cifar-10-python.tar.gz, or the folder that it unpacks to: the
+      50,000 training images with their classes; the test images are left out.
     - A folder: all images below it. If every image lies below one of several first-level folders,
       these are the classes, except in FFHQ's layout, whose folders 00000, 01000, ... of at most
-      1,000 images only keep the folders small. AFHQ's layout: where a folder holds `train` and no
-      folders besides other splits, `train` is the source.
+      1,000 images only keep the folders small. A lone folder around everything is no class; what
+      it holds counts. AFHQ: beside other splits, `train` is the source. FFHQ: beside the same
+      pictures in other sizes, `images1024x1024` is the source.
     - A zip: the same, unless it holds a dataset.json as EDM's tool writes it,
       `{"labels": [[name, class number], ...]}` or `{"labels": null}`.
     """
@@ -75,14 +80,16 @@ def find_images(source: str) -> Source:
             f"data.source={source}: images are packed from this machine's files; copy them first"
         )
     path = Path(absolute(source))
-    if path.is_dir():
+    if cifar10.is_cifar10(path):
+        found = _cifar10(path)
+    elif path.is_dir():
         found = _folder(path)
     elif path.is_file() and zipfile.is_zipfile(path):
         found = _zip(path)
     elif path.exists():
-        raise ConfigError(f"data.source={source} is neither a folder nor a zip; use {_KINDS}")
+        raise ConfigError(f"data.source={source} is neither a folder, a zip nor a tar; use {KINDS}")
     else:
-        raise ConfigError(f"data.source={source}: no such file or folder; use {_KINDS}")
+        raise ConfigError(f"data.source={source}: no such file or folder; use {KINDS}")
     if not found.images:
         raise ConfigError(
             f"data.source={source} holds no images, only {found.other_files} other files; "
@@ -98,6 +105,9 @@ def open_source(kind: Kind, location: str) -> Iterator[Callable[[str], bytes]]:
         pixels = _digit_pixels()[0]
         # a binary PGM, so that digits are decoded like any other file
         yield lambda name: b"P5 8 8 255\n" + pixels[int(name)].tobytes()
+    elif kind == "cifar10":
+        images = cifar10.read_training_images(Path(location))[0]
+        yield lambda name: b"P6 32 32 255\n" + images[int(name)].tobytes()
     elif kind == "zip":
         with zipfile.ZipFile(location) as archive:
             yield archive.read
@@ -123,20 +133,23 @@ def _digits() -> Source:
     return Source("digits", "digits", images, tuple("0123456789"))
 
 
+def _cifar10(path: Path) -> Source:
+    pixels, labels = cifar10.read_training_images(path)
+    images = tuple(
+        SourceImage(f"{index:05d}", pixel.nbytes, label)
+        for index, (pixel, label) in enumerate(zip(pixels, labels, strict=True))
+    )
+    return Source("cifar10", str(path), images, cifar10.CLASS_NAMES)
+
+
 def _folder(root: Path) -> Source:
-    subfolders = {entry.name for entry in root.iterdir() if entry.is_dir()}
-    if "train" in subfolders and subfolders - {"train"} <= _OTHER_SPLITS:
-        root = root / "train"
-    sizes: dict[str, int] = {}
-    other_files = 0
-    for file in _walk(root):
-        name = file.relative_to(root).as_posix()
-        if _is_image(name):
-            sizes[name] = file.stat().st_size
-        else:
-            other_files += 1
+    files = {file.relative_to(root).as_posix(): file for file in _walk(root)}
+    prefix = _source_folder(filter(_is_image, files))
+    inside = {name[len(prefix) :]: file for name, file in files.items() if name.startswith(prefix)}
+    sizes = {name: file.stat().st_size for name, file in inside.items() if _is_image(name)}
     labels, class_names = _labels_by_folder(sorted(sizes))
-    return Source("folder", str(root), _listing(sizes, labels), class_names, other_files)
+    others = len(inside) - len(sizes)
+    return Source("folder", str(root / prefix), _listing(sizes, labels), class_names, others)
 
 
 def _walk(root: Path) -> Iterator[Path]:
@@ -153,28 +166,28 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def _zip(path: Path) -> Source:
-    sizes: dict[str, int] = {}
-    other_files = 0
     try:
         with zipfile.ZipFile(path) as archive:
             members = [info for info in archive.infolist() if not info.is_dir()]
             _refuse_hostile(path, members)
-            for info in members:
-                if _is_image(info.filename):
-                    sizes[info.filename] = info.file_size
-                elif info.filename != _LABELS_NAME:
-                    other_files += 1
-            has_labels = any(info.filename == _LABELS_NAME for info in members)
-            text = archive.read(_LABELS_NAME) if has_labels else None
+            sizes = {info.filename: info.file_size for info in members}
+            text = archive.read(_LABELS_NAME) if _LABELS_NAME in sizes else None
     except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
         raise ConfigError(
             f"data.source={path}: the zip cannot be read: {one_line(error)}"
         ) from None
     if text is not None:
-        labels = _edm_labels(path, text, sorted(sizes))
-        return Source("zip", str(path), _listing(sizes, labels), (), other_files)
-    by_folder, class_names = _labels_by_folder(sorted(sizes))
-    return Source("zip", str(path), _listing(sizes, by_folder), class_names, other_files)
+        del sizes[_LABELS_NAME]
+        images = {name: size for name, size in sizes.items() if _is_image(name)}
+        labels = _edm_labels(path, text, sorted(images))
+        return Source("zip", str(path), _listing(images, labels), (), len(sizes) - len(images))
+    prefix = _source_folder(filter(_is_image, sizes))
+    inside = {name: size for name, size in sizes.items() if name.startswith(prefix)}
+    images = {name: size for name, size in inside.items() if _is_image(name)}
+    by_folder, class_names = _labels_by_folder(sorted(name[len(prefix) :] for name in images))
+    labels = {prefix + name: label for name, label in by_folder.items()}
+    others = len(inside) - len(images)
+    return Source("zip", str(path), _listing(images, labels), class_names, others)
 
 
 def _refuse_hostile(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
@@ -226,6 +239,28 @@ def _edm_labels(path: Path, text: bytes, names: Sequence[str]) -> dict[str, int]
             f"{missing[0]!r}; label all of them, or set labels to null"
         )
     return labels
+
+
+def _source_folder(names: Iterable[str]) -> str:
+    """What the names of the images to take begin with: "" for all, else a folder's path and "/"."""
+    parts = [name.split("/") for name in names]
+    prefix: list[str] = []
+    while (chosen := _chosen(parts)) is not None:
+        prefix.append(f"{chosen}/")
+        parts = [part[1:] for part in parts if part[0] == chosen and len(part) > 1]
+    return "".join(prefix)
+
+
+def _chosen(parts: Sequence[Sequence[str]]) -> str | None:
+    """The first-level folder that alone is the source; None: everything is."""
+    folders = {part[0] for part in parts if len(part) > 1}
+    if "train" in folders and folders - {"train"} <= _OTHER_SPLITS:
+        return "train"
+    if folders and folders <= set(_FFHQ_VERSIONS):
+        return next(name for name in _FFHQ_VERSIONS if name in folders)
+    if len(folders) == 1 and all(len(part) > 1 for part in parts):
+        return next(iter(folders))
+    return None
 
 
 def _labels_by_folder(names: Sequence[str]) -> tuple[dict[str, int], tuple[str, ...]]:

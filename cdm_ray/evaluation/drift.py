@@ -175,15 +175,16 @@ def generate_with_drift(
         _noise("sde", seeds[:probed], device),
         config.sampler,
     )
-    stops = level_indices(config, kind)
-    states = sampler_states(bind_labels(network, labels), start, config.sampler, kind, stops)
+    levels = dict(zip(level_indices(config, kind), level_sigmas(config, kind), strict=True))
     norms, residuals = [], []
-    # The levels run out first: what the states then still hold is the image.
-    for sigma, state in zip(level_sigmas(config, kind).tolist(), states, strict=False):
-        norm, residual = probe(state[:probed].float(), sigma, with_residuals=kind == "sde")
-        norms.append(norm)
-        residuals.append(residual)
-    return to_uint8(next(states)), DriftPart(_by_step_count(residuals), {kind: _table(norms)})
+    denoiser = bind_labels(network, labels)
+    for place, state in enumerate(sampler_states(denoiser, start, config.sampler, kind)):
+        if place in levels:
+            x, sigma = state[:probed].float(), float(levels[place])
+            norm, residual = probe(x, sigma, with_residuals=kind == "sde")
+            norms.append(norm)
+            residuals.append(residual)
+    return to_uint8(state), DriftPart(_by_step_count(residuals), {kind: _table(norms)})
 
 
 @torch.no_grad()

@@ -1,89 +1,34 @@
-"""Evaluation of one set of weights: samples, Fréchet distances, drift, figures."""
+"""Evaluation of one set of weights: samples, distances, drift, figures."""
 
 from __future__ import annotations
 
-import json
 import logging
-import math
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cdm_ray.config import ImageConfig
 from cdm_ray.data.manifest import Manifest
-from cdm_ray.errors import ConfigError
-from cdm_ray.evaluation.drift import (
-    SOURCES,
-    Drift,
-    DriftPart,
-    Source,
-    drift_on_data,
-    generate_with_drift,
-    level_sigmas,
-    merge_parts,
-)
-from cdm_ray.evaluation.features import load_extractor
+from cdm_ray.evaluation.drift import SOURCES, Drift, Source, level_sigmas
+from cdm_ray.evaluation.features import FeatureExtractor, load_extractor
 from cdm_ray.evaluation.figures import drift_figures, save_grid
-from cdm_ray.evaluation.frechet import (
-    FeatureStatistics,
-    frechet_distance,
-    merge_all,
-    metric_name,
-)
-from cdm_ray.evaluation.generate import KINDS, Kind, generate, num_evaluations
-from cdm_ray.evaluation.reference import (
-    MAX_TASKS,
-    Dataset,
-    LabelledImages,
-    reference_images,
-    reference_statistics,
-)
-from cdm_ray.evaluation.tasks import MapTasks, split_evenly, task_device
-from cdm_ray.networks import EDMPrecond, build_network
+from cdm_ray.evaluation.generate import KINDS, Kind, num_evaluations
+from cdm_ray.evaluation.parts import Tensors, compute_parts, read_part
+from cdm_ray.evaluation.plan import Item, evaluation_key, plan
+from cdm_ray.evaluation.reference import Dataset, reference_images
+from cdm_ray.evaluation.reference_features import read_moments, reference_features
+from cdm_ray.evaluation.results import EvaluationResult
+from cdm_ray.evaluation.scores import Judge, Quantity, read_score, score, summary
+from cdm_ray.evaluation.tasks import MapTasks
+from cdm_ray.evaluation.work import SHOWN, Subject, load_network, read_drift, run_item
 
 log = logging.getLogger(__name__)
-
-RESULTS_NAME = "results.json"
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """Numbers by name; figures and sample grids as PNG files by name."""
-
-    metrics: dict[str, float]
-    figures: dict[str, Path]
-    grids: dict[str, Path]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What every task needs to know. `real` are the images behind the drift on data."""
-
-    config: ImageConfig
-    state_dict: dict[str, Tensor]
-    label_dim: int
-    real: LabelledImages
-
-
-class Item(NamedTuple):
-    """One task: generate the images `rows` with a sampler, or probe the real images `rows`."""
-
-    source: Source
-    rows: range
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a task returns: of generated images the statistics and those that the grid shows, of
-    probed ones the drift."""
-
-    statistics: FeatureStatistics | None
-    shown: list[Tensor]
-    drift: DriftPart | None
 
 
 def evaluate(
@@ -97,185 +42,143 @@ def evaluate(
 ) -> EvaluationResult:
     """Compare what the weights generate with the data set in `config.data.path`.
 
-    Metrics: `<name>_ode` and `<name>_sde`, where the name is `fid` or carries the extractor's,
-    `fd_images` generated images behind each and `fd_reference_images` real ones; `cp_residual` with
-    its standard error and `drift_images` images, see `Drift.cp_residual`; `nfe_ode`, `nfe_sde`
-    network evaluations per image. Numbers, curves and what they were computed from are also written
-    to `results.json` in `out_folder`. Raises ConfigError when the extractor cannot be used or the
-    weights do not fit.
+    Metrics, for `sde` as for `ode` and means over `eval.first_seeds`: `fid_ode`, `kid_ode` and the
+    standard deviation of its subsets, `kid_ode_std`, `precision_ode`, `recall_ode`; `fid_ode_min`
+    and `kid_ode_min` over several ranges of seeds; `fd_<extractor>_ode`, `kd_<extractor>_ode` and
+    so on, if the extractor is not Inception. Beside them `fd_images` generated images in each
+    range, `fd_reference_images` real ones if their number is known, `kid_subset` and `pr_images`;
+    `nfe_ode`, `nfe_sde` network evaluations per image; `cp_residual` with its standard error and
+    `drift_images` images, see `Drift.cp_residual`, of the first range.
+
+    Everything is written to `<out_folder>/<key>/`, where the key stands for whatever determines
+    the numbers: another evaluation of the same weights has another folder, and the same one again
+    is answered from there. What is finished of it before is kept in `<out_folder>/parts-<key>/`,
+    so that after a kill no finished task is run again and the numbers are the same to the last
+    digit. Raises ConfigError when the extractor or the reference cannot be used or the weights do
+    not fit.
     """
     label_dim = manifest.num_classes if config.network.class_conditional else 0
-    load_network(config, state_dict, label_dim, "cpu")  # a misfit is refused before any task starts
+    # What the user got wrong is refused before any task starts.
+    load_network(config, state_dict, label_dim, "cpu")
+    extractor = load_extractor(config.eval, "cpu")
+    given = config.eval.reference
+    moments = None if given is None else read_moments(given, extractor)
+    key = evaluation_key(config, state_dict, manifest, extractor, moments)
+    folder, parts_folder = out_folder / key, out_folder / f"parts-{key}"
+    if (before := EvaluationResult.find(folder)) is not None:
+        log.info("evaluated before: %s", folder)
+        shutil.rmtree(parts_folder, ignore_errors=True)  # killed after the results were written
+        return before
     dataset = Dataset(config.data.path, manifest, config.data.max_bad_fraction)
-    reference = reference_statistics(dataset, config.eval, cache_folder, map_tasks)
+    features = reference_features(dataset, config.eval, cache_folder, map_tasks)
+    judge = Judge(config.eval, moments or features.statistics, features)
+    for line in judge.caveats():
+        log.warning(line)
     real = reference_images(dataset, config.eval.drift_images, cache_folder, map_tasks)
-    items = plan(config, len(real))
-    task = partial(run_item, Subject(config, state_dict, label_dim, real))
-    results = map_tasks(task, items, "evaluation")
-    outcomes: dict[Source, list[Outcome]] = {source: [] for source in SOURCES}
-    for item, outcome in zip(items, results, strict=True):
-        outcomes[item.source].append(outcome)
-    statistics = {
-        kind: merge_all(o.statistics for o in outcomes[kind] if o.statistics is not None)
-        for kind in KINDS
-    }
-    drift = Drift(
-        {kind: level_sigmas(config, kind) for kind in KINDS},
-        {
-            source: merge_parts([o.drift for o in found if o.drift is not None])
-            for source, found in outcomes.items()
-        },
+    parts = _run_items(Subject(config, state_dict, label_dim, real), parts_folder, map_tasks)
+    drift = _drift(config, parts)
+    scores = _scores(judge, parts, parts_folder / "scores", map_tasks)
+    metrics, ranges = summary(scores, extractor.name, extractor.dim)
+    folder.mkdir(parents=True, exist_ok=True)
+    result = EvaluationResult(
+        folder,
+        metrics | _counts(config, judge) | _drift_metrics(drift),
+        config.eval.first_seeds,
+        ranges,
+        figures=drift_figures(drift, folder),
+        grids=_save_grids(parts, config.eval.grid, folder),
     )
-    metrics = _metrics(config, statistics, reference, drift)
-    out_folder.mkdir(parents=True, exist_ok=True)
+    result.save(_facts(config, manifest, extractor, drift))
+    shutil.rmtree(parts_folder)
+    return result
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The finished tasks of an evaluation and their files."""
+
+    items: Sequence[Item]
+    paths: Sequence[Path]
+
+    def of(self, source: Source, seed_range: int) -> list[Path]:
+        """Those of a range of seeds, in order."""
+        return [
+            path
+            for item, path in zip(self.items, self.paths, strict=True)
+            if (item.source, item.seed_range) == (source, seed_range)
+        ]
+
+    def first(self, source: Source, count: int) -> Iterator[Tensors]:
+        """Content of those of the first range that hold some of the first `count` images."""
+        for item, path in zip(self.items, self.paths, strict=True):
+            if (item.source, item.seed_range) == (source, 0) and item.rows.start < count:
+                yield read_part(path)
+
+
+def _run_items(subject: Subject, folder: Path, map_tasks: MapTasks) -> _Parts:
+    items = plan(subject.config, len(subject.real))
+    paths = compute_parts(partial(run_item, subject), items, folder, map_tasks, "evaluation")
+    return _Parts(items, paths)
+
+
+def _drift(config: ImageConfig, parts: _Parts) -> Drift:
+    count = config.eval.drift_images
+    return Drift(
+        {kind: level_sigmas(config, kind) for kind in KINDS},
+        {source: read_drift(parts.first(source, count)) for source in SOURCES},
+    )
+
+
+def _scores(
+    judge: Judge, parts: _Parts, folder: Path, map_tasks: MapTasks
+) -> dict[Kind, list[dict[Quantity, float]]]:
+    """Quantities of every range of seeds, by sampler."""
+    ranges = len(judge.config.first_seeds)
+    paths = [parts.of(kind, seed_range) for kind in KINDS for seed_range in range(ranges)]
+    found = [
+        read_score(path)
+        for path in compute_parts(partial(score, judge), paths, folder, map_tasks, "scores")
+    ]
+    return {kind: found[place * ranges : (place + 1) * ranges] for place, kind in enumerate(KINDS)}
+
+
+def _save_grids(parts: _Parts, count: int, folder: Path) -> dict[str, Path]:
+    """Write a grid of the first images of each sampler."""
     grids: dict[str, Path] = {}
     for kind in KINDS:
-        grids[kind] = out_folder / f"samples_{kind}.png"
-        save_grid(torch.cat([shown for o in outcomes[kind] for shown in o.shown]), grids[kind])
-    figures = drift_figures(drift, out_folder)
-    _write_results(config, manifest, metrics, drift, out_folder / RESULTS_NAME)
-    return EvaluationResult(metrics, figures, grids)
+        grids[kind] = folder / f"samples_{kind}.png"
+        save_grid(torch.cat([part[SHOWN] for part in parts.first(kind, count)]), grids[kind])
+    return grids
 
 
-def load_network(
-    config: ImageConfig,
-    state_dict: dict[str, Tensor],
-    label_dim: int,
-    device: torch.device | str,
-) -> EDMPrecond:
-    """The configured network with these weights; raises ConfigError when they do not fit."""
-    with torch.random.fork_rng(devices=[]):  # the random weights are overwritten at once
-        network = build_network(
-            config.network,
-            resolution=config.data.resolution,
-            channels=config.data.channels,
-            label_dim=label_dim,
-        )
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    if given != expected:
-        different = sorted(k for k in expected | given if expected.get(k) != given.get(k))
-        first = different[0]
-        raise ConfigError(
-            f"the weights do not fit the configured network: {len(different)} tensors differ, "
-            f"e.g. {first} is {given.get(first, 'missing')} and should be "
-            f"{expected.get(first, 'absent')}; use the network section they were trained with"
-        )
-    network.load_state_dict(state_dict)
-    return network.to(device).requires_grad_(False)
+def _counts(config: ImageConfig, judge: Judge) -> dict[str, float]:
+    counts = judge.counts
+    numbers: dict[str, float] = {f"nfe_{k}": num_evaluations(config.sampler, k) for k in KINDS}
+    numbers["fd_images"] = counts.generated
+    if counts.reference is not None:
+        numbers["fd_reference_images"] = counts.reference
+    numbers["kid_subset"] = counts.kid_subset
+    numbers["pr_images"] = counts.precision_recall
+    return numbers
 
 
-def plan(config: ImageConfig, real_images: int) -> list[Item]:
-    """Tasks of an evaluation, the longest first, so that no worker is left with one at the end.
-
-    A task has about `eval.batch` images, or more where that would make too many tasks.
-    """
-
-    def split(source: Source, total: int) -> list[Item]:
-        tasks = min(math.ceil(total / config.eval.batch), MAX_TASKS)
-        return [Item(source, rows) for rows in split_evenly(total, tasks)]
-
-    generated = config.eval.images
-    return [*split("sde", generated), *split("data", real_images), *split("ode", generated)]
-
-
-def run_item(subject: Subject, item: Item) -> Outcome:
-    """One task, on the GPU if it was given one, `eval.batch` images at a time."""
-    config, device = subject.config, task_device()
-    network = load_network(config, subject.state_dict, subject.label_dim, device)
-    size = config.eval.batch
-    batches = [item.rows[start : start + size] for start in range(0, len(item.rows), size)]
-    if item.source == "data":
-        parts = [_probe_data(subject, network, rows, device) for rows in batches]
-        return Outcome(None, [], merge_parts(parts))
-    made = [_generate(subject, network, item.source, rows, device) for rows in batches]
-    probed = [outcome.drift for outcome in made if outcome.drift is not None]
-    return Outcome(
-        merge_all(outcome.statistics for outcome in made if outcome.statistics is not None),
-        [shown for outcome in made for shown in outcome.shown],
-        merge_parts(probed) if probed else None,
-    )
-
-
-def _probe_data(
-    subject: Subject, network: EDMPrecond, rows: range, device: torch.device
-) -> DriftPart:
-    config, real = subject.config, subject.real[rows.start : rows.stop]
-    return drift_on_data(network, config, real, _seeds(config, rows), subject.label_dim, device)
-
-
-def _generate(
-    subject: Subject, network: EDMPrecond, kind: Kind, rows: range, device: torch.device
-) -> Outcome:
-    """The images `rows`; those below `eval.drift_images` are also probed."""
-    config, label_dim = subject.config, subject.label_dim
-    seeds = _seeds(config, rows)
-    probed = min(max(config.eval.drift_images - rows.start, 0), len(rows))
-    drift = None
-    if probed:
-        images, drift = generate_with_drift(network, config, seeds, label_dim, kind, device, probed)
-    else:
-        images = generate(network, config, seeds, label_dim, kind, device)
-    features = load_extractor(config.eval, device)(images)
-    shown = images[: max(config.eval.grid - rows.start, 0)].cpu()
-    return Outcome(FeatureStatistics.of(features), [shown], drift)
-
-
-def _seeds(config: ImageConfig, rows: range) -> range:
-    first = config.eval.first_seed
-    return range(first + rows.start, first + rows.stop)
-
-
-def _metrics(
-    config: ImageConfig,
-    statistics: dict[Kind, FeatureStatistics],
-    reference: FeatureStatistics,
-    drift: Drift,
-) -> dict[str, float]:
-    name = metric_name(config.eval.extractor, reference.dim)
+def _drift_metrics(drift: Drift) -> dict[str, float]:
     metrics: dict[str, float] = {}
-    for kind, generated in statistics.items():
-        metrics[f"{name}_{kind}"] = frechet_distance(generated, reference)
-        metrics[f"nfe_{kind}"] = num_evaluations(config.sampler, kind)
-        log.info(
-            "%s of %s samples: %.4f (%d generated, %d real images, %d network evaluations each)",
-            name,
-            kind.upper(),
-            metrics[f"{name}_{kind}"],
-            generated.count,
-            reference.count,
-            metrics[f"nfe_{kind}"],
-        )
-    metrics["fd_images"] = config.eval.images
-    metrics["fd_reference_images"] = reference.count
     for suffix, residual in (("", drift.cp_residual), ("_on_data", drift.cp_residual_on_data)):
         metrics[f"cp_residual{suffix}"] = float(residual.mean)
         metrics[f"cp_residual{suffix}_se"] = float(residual.error)
-        log.info(
-            "CP residual%s per dimension: %.3g +- %.1g (%d images)",
-            suffix.replace("_", " "),
-            residual.mean,
-            residual.error,
-            residual.count,
-        )
     metrics["drift_images"] = drift.cp_residual.count
     return metrics
 
 
-def _write_results(
-    config: ImageConfig,
-    manifest: Manifest,
-    metrics: dict[str, float],
-    drift: Drift,
-    path: Path,
-) -> None:
-    extractor = load_extractor(config.eval, "cpu")
-    content = {
-        "metrics": metrics,
+def _facts(
+    config: ImageConfig, manifest: Manifest, extractor: FeatureExtractor, drift: Drift
+) -> dict[str, Any]:
+    """What was evaluated and compared with, and the curves."""
+    return {
         "drift": drift.curves(),
         "dataset": {"path": config.data.path, "fingerprint": manifest.fingerprint},
+        "reference": config.eval.reference,
         "extractor": {"name": extractor.name, "fingerprint": extractor.fingerprint},
         "sampler": config.sampler.model_dump(mode="json"),
-        "first_seed": config.eval.first_seed,
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")

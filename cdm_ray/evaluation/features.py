@@ -88,7 +88,7 @@ class DigitsNetwork(nn.Module):
         return self.classifier(self.features(images))
 
 
-def weights_digest(tensors: Mapping[str, Tensor]) -> str:
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes, types and values, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -113,7 +113,7 @@ def _load_digits(device: torch.device) -> FeatureExtractor:
             )
         return network.features(images)
 
-    return FeatureExtractor("digits", DIGITS_DIM, weights_digest(tensors), device, features)
+    return FeatureExtractor("digits", DIGITS_DIM, tensors_digest(tensors), device, features)
 
 
 @lru_cache(maxsize=2)

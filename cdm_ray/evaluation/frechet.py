@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cdm_ray.evaluation.features import INCEPTION_DIM
-
 Array = NDArray[np.float64]
+
+
+class Moments(Protocol):
+    """Mean [d] and unbiased covariance [d, d] of feature vectors, float64."""
+
+    @property
+    def mean(self) -> Array: ...
+
+    @property
+    def covariance(self) -> Array: ...
+
+    @property
+    def count(self) -> int | None:
+        """Of the vectors; None if it is not known."""
+
+
+@dataclass(frozen=True)
+class GivenMoments:
+    """Moments from somewhere else."""
+
+    mean: Array
+    covariance: Array
+    count: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,11 +67,6 @@ class FeatureStatistics:
         return FeatureStatistics(count, mean, self.scatter + other.scatter + correction)
 
     @property
-    def dim(self) -> int:
-        """Length of a feature vector."""
-        return len(self.mean)
-
-    @property
     def covariance(self) -> Array:
         """Unbiased covariance [d, d]; needs two samples."""
         if self.count < 2:
@@ -63,22 +79,16 @@ def merge_all(parts: Iterable[FeatureStatistics]) -> FeatureStatistics:
     return reduce(FeatureStatistics.merge, parts)
 
 
-def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+def frechet_distance(a: Moments, b: Moments) -> float:
     """Squared Fréchet (2-Wasserstein) distance of the Gaussians with these moments.
 
     |mu_a - mu_b|^2 + tr(S_a) + tr(S_b) - 2 tr((S_a^{1/2} S_b S_a^{1/2})^{1/2}) (Heusel et al. 2017,
-    eq. 6). Warns when either has too few samples for a covariance of full rank.
+    eq. 6). Far too large when either has `too_few_samples`.
     """
-    if a.dim != b.dim:
-        raise ValueError(f"features of {a.dim} and of {b.dim} dimensions have no Fréchet distance")
-    for statistics in (a, b):
-        if statistics.count < statistics.dim + 1:
-            warnings.warn(
-                f"Fréchet distance from {statistics.count} samples of {statistics.dim} features: "
-                f"fewer than {statistics.dim + 1} leave the covariance singular and the number "
-                "far too large; use more images",
-                stacklevel=2,
-            )
+    if len(a.mean) != len(b.mean):
+        raise ValueError(
+            f"features of {len(a.mean)} and of {len(b.mean)} dimensions have no Fréchet distance"
+        )
     shift = a.mean - b.mean
     cov_a, cov_b = a.covariance, b.covariance
     # With S = F F^T the trace term is the sum of the singular values of F_a^T F_b. Taking them
@@ -89,9 +99,14 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     return max(distance, 0.0)  # equal sets give +-1e-16 of the trace
 
 
-def metric_name(extractor: str, dim: int) -> str:
-    """`fid` for the 2048 features of Inception; any other distance carries its extractor's name."""
-    return "fid" if (extractor, dim) == ("inception", INCEPTION_DIM) else f"fd_{extractor}"
+def too_few_samples(count: int, dim: int) -> str | None:
+    """Why a Fréchet distance from so many samples means nothing, or None if they are enough."""
+    if count > dim:
+        return None
+    return (
+        f"Fréchet distance from {count} samples of {dim} features: fewer than {dim + 1} leave the "
+        "covariance singular and the number far too large; use more images"
+    )
 
 
 def _factor(covariance: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdm_ray.config import ImageConfig, SamplerConfig
-from cdm_ray.processes.edm import REVERSE_STEPS, karras_sigmas
+from cdm_ray.processes.edm import karras_sigmas
 from cdm_ray.processes.rollout import Field
 from cdm_ray.randomness import BlockRng
-from cdm_ray.samplers.edm import sample_ode, sample_sde
+from cdm_ray.samplers import SOLVERS, Solver, churn, in_float32, scale_epsilon
 
 Kind = Literal["ode", "sde"]
 KINDS: tuple[Kind, ...] = ("ode", "sde")
@@ -52,35 +53,49 @@ def bind_labels(network: nn.Module, class_labels: Tensor | None) -> Field:
     return denoiser
 
 
+def configured_solver(config: SamplerConfig, kind: Kind) -> Solver:
+    """The solver of the ODE or of the SDE that is configured."""
+    name = config.ode_solver if kind == "ode" else config.sde_solver
+    if name == "churn":
+        return churn(config.churn, config.churn_min, config.churn_max, config.churn_noise)
+    return SOLVERS[name]
+
+
 def noise_levels(config: SamplerConfig, kind: Kind) -> Tensor:
     """Noise levels of the sampler, float64, from sigma_max down to sigma_min, then 0."""
-    steps = config.ode_steps if kind == "ode" else config.sde_steps
-    return karras_sigmas(steps, config.sigma_min, config.sigma_max, config.rho)
+    return karras_sigmas(_steps(config, kind), config.sigma_min, config.sigma_max, config.rho)
 
 
 def num_evaluations(config: SamplerConfig, kind: Kind) -> int:
-    """Network evaluations per image: Heun evaluates twice per step but the last."""
-    return 2 * config.ode_steps - 1 if kind == "ode" else config.sde_steps
+    """Network evaluations per image."""
+    return configured_solver(config, kind).evaluations(_steps(config, kind), ends_at_zero=True)
 
 
+def _steps(config: SamplerConfig, kind: Kind) -> int:
+    return config.ode_steps if kind == "ode" else config.sde_steps
+
+
+@torch.no_grad()
 def sampler_states(
-    denoiser: Field, start: Start, config: SamplerConfig, kind: Kind, stops: Sequence[int] = ()
+    denoiser: Field, start: Start, config: SamplerConfig, kind: Kind
 ) -> Iterator[Tensor]:
-    """States float64 [N, C, H, W] of the sampler at the levels `stops`, then the image at 0.
+    """States float64 [N, C, H, W] of the sampler at all of `noise_levels`, one by one, the latents
+    first and the image last.
 
-    `stops` are increasing places in `noise_levels`; they do not change the path.
+    `denoiser`(x, sigma) is a network's, float32. Its predicted noise is divided by
+    `config.epsilon_scale`.
     """
+    denoise = in_float32(denoiser)
+    if config.epsilon_scale != 1:
+        denoise = scale_epsilon(denoise, config.epsilon_scale)
     sigmas = noise_levels(config, kind).to(start.latents.device)
-    state, place = start.latents.double() * sigmas[0], 0
-    for stop in (*stops, len(sigmas) - 1):
-        latents, piece = state / sigmas[place], sigmas[place : stop + 1]
-        if kind == "ode":
-            state = sample_ode(denoiser, latents, piece)
-        else:
-            step = REVERSE_STEPS[config.sde_step]
-            state = sample_sde(denoiser, latents, piece, step, start.rng)
-        place = stop
-        yield state
+    x = start.latents.double() * sigmas[0]
+
+    def draw_noise() -> Tensor:
+        return start.rng.normal(*x.shape).double()
+
+    yield x
+    yield from configured_solver(config, kind).path(denoise, x, sigmas, draw_noise)
 
 
 @torch.no_grad()
@@ -92,14 +107,14 @@ def generate(
     kind: Kind,
     device: torch.device | str,
 ) -> Tensor:
-    """Images uint8 [N, C, H, W] of the seeds, by the ODE (Heun) or the SDE of `config.sampler`.
+    """Images uint8 [N, C, H, W] of the seeds, by the ODE or the SDE solver of `config.sampler`.
 
     A seed's image does not depend on the other seeds. It does depend on the kind of device, since
     every kind has its own random numbers.
     """
     start = draw_start(config, seeds, label_dim, device)
     denoiser = bind_labels(network, start.class_labels)
-    (image,) = sampler_states(denoiser, start, config.sampler, kind)
+    (image,) = deque(sampler_states(denoiser, start, config.sampler, kind), maxlen=1)
     return to_uint8(image)
 
 

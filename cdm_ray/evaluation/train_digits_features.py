@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from cdm_ray.evaluation.features import DIGITS_FILE, DigitsNetwork, weights_digest
+from cdm_ray.evaluation.features import DIGITS_FILE, DigitsNetwork, tensors_digest
 from cdm_ray.randomness import generator
 
 SEED = 0
@@ -91,7 +91,7 @@ def write(network: DigitsNetwork, train_split: Split, test_split: Split, path: P
         "epochs": EPOCHS,
         "seed": SEED,
         "torch": torch.__version__,
-        "digest": weights_digest(tensors),
+        "digest": tensors_digest(tensors),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     # One key: safetensors writes several in an order that changes from run to run.

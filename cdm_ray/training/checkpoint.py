@@ -21,6 +21,7 @@ from cdm_ray.checkpoint import (
     WEIGHTS,
     TrainingState,
     checkpoint_folders,
+    checkpoint_name,
     digest_of,
     sha256_of,
 )
@@ -35,13 +36,13 @@ def write_checkpoint(
     The files are dealt to the ranks; each rank gathers all tensors and keeps those of its files.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    final = root / f"step-{state.step:08d}"
+    final = root / checkpoint_name(state.step)
     temporary = root / f".{final.name}.tmp"
     if rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    buffers = {name: tensor.float().cpu() for name, tensor in engine.network.named_buffers()}
+    buffers = buffers_of(engine)
     digests: dict[str, str] = {}
     for index, kind in enumerate(KINDS):
         mine = index % world == rank
@@ -68,6 +69,25 @@ def write_checkpoint(
             shutil.rmtree(old)
     dist.barrier()
     return final
+
+
+def write_average(path: Path, engine: Engine) -> None:
+    """Write the averaged weights alone, whole or not at all. Collective."""
+    tensors = {
+        name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        for name, tensor in engine.gather(EMA)
+        if dist.get_rank() == 0
+    }
+    if dist.get_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.partial")
+        save_file(tensors | buffers_of(engine), temporary)
+        temporary.replace(path)
+
+
+def buffers_of(engine: Engine) -> dict[str, torch.Tensor]:
+    """What a complete state dict has beside the parameters."""
+    return {name: tensor.float().cpu() for name, tensor in engine.network.named_buffers()}
 
 
 def _publish(temporary: Path, final: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,23 @@ from typing import Any
 import ray.train.torch
 
 from cdm_ray import cluster
-from cdm_ray.checkpoint import CHECKPOINTS, Checkpoint, newest_checkpoint
+from cdm_ray.checkpoint import CHECKPOINTS, EMA, Checkpoint, newest_checkpoint
+from cdm_ray.cluster import TaskResources
 from cdm_ray.config import NOT_LEARNED, ImageConfig, flatten, load_config, to_yaml
 from cdm_ray.data.manifest import Manifest, check_matches
 from cdm_ray.data.prepare import ensure_prepared
 from cdm_ray.errors import ConfigError, RunFailed
-from cdm_ray.evaluation.evaluate import EvaluationResult, evaluate
+from cdm_ray.evaluation.evaluate import EvaluationResult
+from cdm_ray.initial_weights import initialise
 from cdm_ray.report import RESULTS_FILE, RunSummary
-from cdm_ray.tracking import EndStatus, RunHandle, Tracker, finish_run, open_run, ui_command
-from cdm_ray.training.worker import Assignment, fatal_message, train_worker
+from cdm_ray.tracking import EndStatus, RunHandle, finish_run, open_run, ui_command
+from cdm_ray.training.evaluations import (
+    EvaluationsDuringTraining,
+    evaluate_step,
+    record_evaluation,
+    worker_gpus,
+)
+from cdm_ray.training.worker import Assignment, fatal_message, random_network, train_worker
 
 CONFIG_FILE = "config.yaml"
 
@@ -35,6 +44,12 @@ def run_images(config: ImageConfig) -> Path:
     use_gpu = cluster.uses_gpu(config.ray)
     manifest = ensure_prepared(config.data, cluster.map_tasks)
     check_matches(manifest, config)
+    if (
+        config.network.init is not None
+        and newest_checkpoint(config.run_folder / CHECKPOINTS) is None
+    ):
+        report = initialise(random_network(config, manifest), config.network.init)
+        print(report.summary(), flush=True)
     _claim_folder(config)
     tracking = open_run(
         config,
@@ -44,10 +59,17 @@ def run_images(config: ImageConfig) -> Path:
     )
     status: EndStatus = "FAILED"
     try:
-        speed = train(config, tracking, use_gpu=use_gpu)
+        with _evaluations(config, manifest, tracking, use_gpu):
+            speed = train(config, tracking, use_gpu=use_gpu)
         checkpoint = _final_checkpoint(config)
-        evaluation = _evaluate(config, checkpoint, manifest, use_gpu)
-        _record_evaluation(tracking, checkpoint, evaluation)
+        evaluation = evaluate_step(
+            config,
+            checkpoint.tensors(EMA),
+            checkpoint.state.step,
+            manifest,
+            partial(cluster.map_tasks, resources=TaskResources(gpus=float(use_gpu))),
+        )
+        record_evaluation(tracking, checkpoint.state.step, evaluation, checkpoint.folder)
         _save_summary(config, tracking, checkpoint, evaluation, speed)
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -56,6 +78,14 @@ def run_images(config: ImageConfig) -> Path:
     finally:
         finish_run(tracking, status)
     return config.run_folder
+
+
+def _evaluations(
+    config: ImageConfig, manifest: Manifest, tracking: RunHandle, use_gpu: bool
+) -> AbstractContextManager[object]:
+    if config.eval.every_kimg is None:
+        return nullcontext()
+    return EvaluationsDuringTraining(config, manifest, tracking, use_gpu=use_gpu)
 
 
 def _claim_folder(config: ImageConfig) -> None:
@@ -97,7 +127,9 @@ def train(
     if newest is not None and newest.state.step >= config.steps:
         return None
     launch = f"{time.time_ns()}"
-    resources = {"CPU": config.ray.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
+    resources = {"CPU": config.ray.cpus_per_worker}
+    if use_gpu:
+        resources["GPU"] = worker_gpus(config)
     api: Any = ray.train  # typed as Train V1, while V2 is what runs
     trainer = api.torch.TorchTrainer(
         worker,
@@ -135,37 +167,6 @@ def _final_checkpoint(config: ImageConfig) -> Checkpoint:
             f"{config.steps}; run the same command again to continue"
         )
     return checkpoint
-
-
-def _evaluate(
-    config: ImageConfig, checkpoint: Checkpoint, manifest: Manifest, use_gpu: bool
-) -> EvaluationResult:
-    return evaluate(
-        config,
-        checkpoint.tensors("ema"),
-        manifest,
-        cache_folder=Path(config.run.storage) / "reference",
-        out_folder=config.run_folder / "evaluation" / checkpoint.folder.name,
-        map_tasks=partial(cluster.map_tasks, gpus_per_task=1.0 if use_gpu else 0.0),
-    )
-
-
-def _record_evaluation(
-    tracking: RunHandle, checkpoint: Checkpoint, evaluation: EvaluationResult
-) -> None:
-    step = checkpoint.state.step
-    tracker = Tracker(tracking)
-    try:
-        tracker.log_metrics(
-            {f"eval/{name}": value for name, value in evaluation.metrics.items()}, step
-        )
-        for name, path in evaluation.grids.items():
-            tracker.log_image(path, f"samples_{name}", step)
-        for path in evaluation.figures.values():
-            tracker.log_figure(path)
-        tracker.set_tag("checkpoint", str(checkpoint.folder))
-    finally:
-        tracker.close(timeout=30.0)
 
 
 def _save_summary(

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,17 @@ from cdm_ray.config import ImageConfig, build_config, to_yaml
 from cdm_ray.data.manifest import Manifest
 from cdm_ray.data.stream import LaneStream, RawBatch
 from cdm_ray.errors import ConfigError, RunFailed
+from cdm_ray.initial_weights import initialise
 from cdm_ray.networks import build_network
 from cdm_ray.networks.precond import EDMPrecond
+from cdm_ray.objectives.augmentation import augment
 from cdm_ray.objectives.base import ImageBatch
 from cdm_ray.objectives.image import ImageObjective
 from cdm_ray.randomness import BlockRng
 from cdm_ray.tracking import RunHandle, Tracker
-from cdm_ray.training.checkpoint import write_checkpoint
+from cdm_ray.training.checkpoint import write_average, write_checkpoint
 from cdm_ray.training.engine import Engine
+from cdm_ray.training.evaluations import snapshot_path
 from cdm_ray.training.lanes import MicroStep, deal_lanes, micro_steps
 from cdm_ray.training.loop import Pass, Record, run_loop
 
@@ -89,9 +92,11 @@ def _train(config: ImageConfig, assignment: Assignment) -> float | None:
     device = ray.train.torch.get_device()
     manifest = Manifest.load(config.data.path)
     checkpoint = _agree_on_checkpoint(config.run_folder / CHECKPOINTS)
-    network = initial_network(config, manifest)
+    network = random_network(config, manifest)
     if checkpoint is not None:
         network.load_state_dict(checkpoint.tensors(WEIGHTS))
+    elif config.network.init is not None:
+        initialise(network, config.network.init)
     dealt = deal_lanes(config.data.lanes, world)
     lanes_per_pass = config.train.micro_batch and config.train.micro_batch // config.lane_batch
     schedule = micro_steps(dealt, rank, lanes_per_pass)
@@ -107,7 +112,9 @@ def _train(config: ImageConfig, assignment: Assignment) -> float | None:
         _restore(engine, checkpoint, config, manifest)
     rollout_network = None
     if config.cp.weight > 0 and config.cp.rollout_weights == "ema":
-        rollout_network = initial_network(config, manifest).to(device).requires_grad_(False)
+        rollout_network = random_network(config, manifest)
+        rollout_network.load_state_dict(network.state_dict())  # buffers have no average
+        rollout_network.to(device).requires_grad_(False)
     objective = ImageObjective(
         config.dsm,
         config.cp,
@@ -144,7 +151,7 @@ def _train(config: ImageConfig, assignment: Assignment) -> float | None:
     return hooks.images_per_second
 
 
-def initial_network(config: ImageConfig, manifest: Manifest) -> EDMPrecond:
+def random_network(config: ImageConfig, manifest: Manifest) -> EDMPrecond:
     """The network with the weights that `run.seed` gives, the same on every worker."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
@@ -153,6 +160,7 @@ def initial_network(config: ImageConfig, manifest: Manifest) -> EDMPrecond:
             resolution=config.data.resolution,
             channels=config.data.channels,
             label_dim=manifest.num_classes if config.network.class_conditional else 0,
+            augment_dim=config.augment_dim,
         )
 
 
@@ -184,11 +192,13 @@ def _restore(
 
     def prime() -> torch.Tensor:
         shape = (1, config.data.channels, config.data.resolution, config.data.resolution)
-        labels = None
-        if config.network.class_conditional:
-            labels = torch.zeros(1, manifest.num_classes, device=engine.device)
-        x = torch.zeros(shape, device=engine.device)
-        return engine(x, torch.ones(1, device=engine.device), class_labels=labels).sum()
+        labels = manifest.num_classes if config.network.class_conditional else 0
+        given = {"class_labels": labels, "augment_labels": config.augment_dim}
+        return engine(
+            torch.zeros(shape, device=engine.device),
+            torch.ones(1, device=engine.device),
+            **{k: torch.zeros(1, n, device=engine.device) for k, n in given.items() if n},
+        ).sum()
 
     engine.restore(tensor, checkpoint.state.optimizer_steps, prime)
 
@@ -219,13 +229,12 @@ def _passes(
         for micro in schedule:
             start = first_row[micro.lanes[0]]
             rows = slice(start, start + len(micro.lanes) * config.lane_batch)
-            passes.append(
-                Pass(
-                    image_batch(raw, rows, classes, device),
-                    BlockRng.for_lanes(config.run.seed, step, micro.lanes, device),
-                    micro.counts,
-                )
-            )
+            rng = BlockRng.for_lanes(config.run.seed, step, micro.lanes, device)
+            batch = image_batch(raw, rows, classes, device)
+            if config.augment.p > 0:
+                images, told = augment(batch.images, config.augment.p, rng)
+                batch = replace(batch, images=images, augment_labels=told)
+            passes.append(Pass(batch, rng, micro.counts))
         yield passes
         step += 1
 
@@ -299,6 +308,8 @@ class _Hooks:
                 self._yaml,
                 keep_last=self._config.checkpoint.keep_last,
             )
+        if state.step in self._config.evaluation_steps:
+            write_average(snapshot_path(self._config, state.step), self._engine)
 
     def close(self) -> None:
         if self._tracker is not None:

@@ -1,157 +1,20 @@
 """The jobs as a user runs them, on a real head node that `ray start --head` began: every command of
 the README as written, at reduced size; mistakes; a run that fails."""
 
-import contextlib
-import json
-import os
 import re
-import shlex
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.request
-from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from mlflow import MlflowClient
-from PIL import Image
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line
-    for block in re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
-    for line in block.strip().splitlines()
-]
-REDUCED = [
-    "network.model_channels=8",
-    "network.num_blocks=1",
-    "train.batch=32",
-    "train.images=128",
-    "train.log_every=1",
-    "eval.images=32",
-    "eval.grid=16",
-    "eval.drift_images=4",
-    "eval.drift_sigmas=2",
-    "sampler.ode_steps=3",
-    "sampler.sde_steps=3",
-]
-
-
-def free_port():
-    with contextlib.closing(socket.socket()) as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def head():
-    """Environment in which commands find a running head node."""
-    ports = [free_port() for _ in range(4)]
-    folder = tempfile.mkdtemp(prefix="ray")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))} | {
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-    process = subprocess.Popen(
-        [
-            *("ray", "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=3"),
-            *(f"--port={ports[0]}", f"--dashboard-port={ports[1]}", f"--temp-dir={folder}"),
-            *(f"--ray-client-server-port={ports[2]}", f"--dashboard-agent-listen-port={ports[3]}"),
-            *("--min-worker-port=30000", "--max-worker-port=30999"),
-            "--object-store-memory=100000000",
-        ],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-    )
-    api = f"http://127.0.0.1:{ports[1]}"
-    try:
-        wait_for(f"{api}/api/version")
-        addresses = {"RAY_ADDRESS": f"127.0.0.1:{ports[0]}", "RAY_API_SERVER_ADDRESS": api}
-        yield environment | addresses
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def wait_for(url):
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2):
-            return
-        time.sleep(0.5)
-    raise TimeoutError(url)
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
-    """What a user has in the working folder: the repository's code, and some photos."""
-    folder = tmp_path_factory.mktemp("checkout")
-    for name in ("jobs", "cdm_ray"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "photos").mkdir()
-    noise = np.random.default_rng(0)
-    for index in range(64):
-        pixels = noise.integers(0, 256, (70, 80, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "photos" / f"{index}.png")
-    (folder / "photos.yaml").write_text(re.search(r"```yaml\n(.*?)```", README, re.DOTALL)[1])
-    torch.jit.save(torch.jit.script(InceptionStandIn()), folder / "inception-2015-12-05.pt")
-    return folder
-
-
-class InceptionStandIn(torch.nn.Module):
-    """Takes and gives what the field's TorchScript Inception file does."""
-
-    def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
-        assert return_features
-        return torch.nn.functional.adaptive_avg_pool2d(x, 32).flatten(1)[:, :2048] / 255
-
-
-def command_with(prefix):
-    """The README's command that begins so."""
-    found = [command for command in COMMANDS if command.startswith(prefix)]
-    assert found, f"README.md has no command {prefix}"
-    return found[0]
-
-
-def run(command, checkout, head, *overrides, code=0):
-    words = [*shlex.split(command.replace("/shared", str(checkout / "shared"))), *overrides]
-    result = subprocess.run(
-        words, cwd=checkout, env=head, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == code, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout + result.stderr
-
-
-def only(paths):
-    found = list(paths)
-    assert len(found) == 1, found
-    return found[0]
-
-
-def assert_run_is_complete(storage, metric):
-    """Results on disk, and a finished MLflow run with curves, grids and figures."""
-    results = json.loads(only(storage.glob("*/results.json")).read_text())
-    assert results["metrics"][metric] >= 0
-    assert Path(results["checkpoint"], "ema.safetensors").is_file()
-    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
-    experiment = client.get_experiment_by_name("cdm_ray")
-    tracked = only(client.search_runs([experiment.experiment_id]))
-    assert tracked.info.status == "FINISHED"
-    assert tracked.data.metrics[f"eval/{metric}"] == results["metrics"][metric]
-    losses = client.get_metric_history(tracked.info.run_id, "loss/cp")
-    assert [point.step for point in losses] == list(range(1, results["images"] // 32 + 1))
-    artifacts = {a.path for a in client.list_artifacts(tracked.info.run_id)}
-    assert {"figures", "images"} <= artifacts
+from tests.cluster.commands import (
+    COMMANDS,
+    REDUCED,
+    ROOT,
+    assert_run_is_complete,
+    command_with,
+    only,
+    run,
+)
 
 
 def test_commands_that_are_not_run_here_are_run_by_make_or_replaced():

@@ -85,12 +85,47 @@ def test_a_single_folder_is_no_class(tmp_path):
     assert find_images(str(tmp_path)).num_classes == 0
 
 
-def test_the_numbered_folders_of_ffhq_are_no_classes(tmp_path):
-    for number in (0, 1, 999, 1000, 69_999):
-        save_image(tmp_path / f"{number // 1000 * 1000:05d}/{number:05d}.png")
-    (tmp_path / "LICENSE.txt").write_text("CC")
-    source = find_images(str(tmp_path))
-    assert (source.num_classes, len(source.images), source.other_files) == (0, 5, 1)
+FFHQ = [f"{number // 1000 * 1000:05d}/{number:05d}.png" for number in (0, 1, 999, 1000, 69_999)]
+
+
+def ffhq_look_alike(root, *versions):
+    """FFHQ as its download script leaves it: numbered folders with a licence in each version."""
+    sides = {"images1024x1024": 40, "thumbnails128x128": 12, "in-the-wild-images": 30}
+    for version in versions:
+        for i, name in enumerate(FFHQ):
+            save_image(root / version / name, size=(sides.get(version, 8),) * 2, color=(i, 0, 0))
+        (root / version / "LICENSE.txt").write_text("CC")
+    (root / "ffhq-dataset-v2.json").write_text("{}")
+    return root
+
+
+@pytest.mark.parametrize("version", ["images1024x1024", "thumbnails128x128", "."])
+def test_the_numbered_folders_of_ffhq_are_no_classes(tmp_path, version):
+    source = find_images(str(ffhq_look_alike(tmp_path, version) / version))
+    assert [image.name for image in source.images] == FFHQ
+    assert source.num_classes == 0
+    assert source.other_files >= 1
+
+
+@pytest.mark.parametrize(
+    ("versions", "taken"),
+    [
+        (("images1024x1024", "thumbnails128x128", "in-the-wild-images"), "images1024x1024"),
+        (("thumbnails128x128", "in-the-wild-images"), "thumbnails128x128"),
+        (("images1024x1024",), "images1024x1024"),
+    ],
+)
+def test_of_the_versions_of_ffhq_side_by_side_one_is_the_source(tmp_path, versions, taken):
+    root = ffhq_look_alike(tmp_path / "ffhq-dataset", *versions)
+    source = find_images(str(root))
+    assert source.location == str(root / taken)
+    assert ([image.name for image in source.images], source.num_classes) == (FFHQ, 0)
+    files = {file.relative_to(tmp_path).as_posix(): file for file in root.rglob("*.*")}
+    zipped = find_images(
+        write_zip(tmp_path / "f.zip", {name: file.read_bytes() for name, file in files.items()})
+    )
+    assert [image.name for image in zipped.images] == [f"ffhq-dataset/{taken}/{n}" for n in FFHQ]
+    assert zipped.num_classes == 0
 
 
 def test_numbered_folders_of_more_images_than_ffhq_has_are_classes(tmp_path, monkeypatch):
@@ -101,14 +136,44 @@ def test_numbered_folders_of_more_images_than_ffhq_has_are_classes(tmp_path, mon
     assert find_images(str(tmp_path)).class_names == ("00000", "00001")
 
 
-def test_the_training_images_of_afhq_are_taken_with_their_classes(tmp_path):
+AFHQ = {"cat/2.png": 0, "dog/3.png": 1, "wild/1.jpg": 2}
+
+
+def afhq_look_alike(root):
     for split in ("train", "test", "val"):
-        for name in ("wild/1.jpg", "cat/2.png", "dog/3.png"):
-            save_image(tmp_path / split / name)
-    source = find_images(str(tmp_path))
+        for name in AFHQ:
+            save_image(root / split / name)
+    save_image(root / "teaser.png")
+    return root
+
+
+def test_the_training_images_of_afhq_are_taken_with_their_three_classes(tmp_path):
+    root = afhq_look_alike(tmp_path / "afhq_v2")
+    for folder in (root, root / "train"):
+        source = find_images(str(folder))
+        assert source.class_names == ("cat", "dog", "wild")
+        assert (labels(source), source.location) == (AFHQ, str(root / "train"))
+    (root / "teaser.png").unlink()
+    assert labels(find_images(str(tmp_path))) == AFHQ
+
+
+@pytest.mark.parametrize("inside", ["", "afhq/"])
+def test_afhq_as_a_zip_gives_its_training_images_too(tmp_path, inside):
+    root = afhq_look_alike(tmp_path / "afhq_v2")
+    (root / "teaser.png").unlink()
+    members = {f"{inside}{f.relative_to(root).as_posix()}": f for f in root.rglob("*.*")}
+    path = write_zip(tmp_path / "a.zip", {name: f.read_bytes() for name, f in members.items()})
+    source = find_images(path)
     assert source.class_names == ("cat", "dog", "wild")
-    assert labels(source) == {"cat/2.png": 0, "dog/3.png": 1, "wild/1.jpg": 2}
-    assert labels(find_images(str(tmp_path / "train"))) == labels(source)
+    assert labels(source) == {f"{inside}train/{name}": label for name, label in AFHQ.items()}
+    with open_source(source.kind, source.location) as read:
+        assert read(f"{inside}train/cat/2.png") == (root / "train/cat/2.png").read_bytes()
+
+
+def test_a_folder_around_the_class_folders_changes_nothing(tmp_path):
+    for name in ("dog/1.png", "cat/2.png"):
+        save_image(tmp_path / "photos" / name)
+    assert labels(find_images(str(tmp_path))) == {"cat/2.png": 0, "dog/1.png": 1}
 
 
 def test_a_class_called_train_among_others_is_a_class(tmp_path):
@@ -220,8 +285,8 @@ def test_a_wrong_source_is_a_mistake_of_the_user(tmp_path):
     (tmp_path / "cut.zip").write_bytes(b"PK\3\4" + bytes(100))
     for source, message in [
         ("nowhere", "no such file or folder; use `digits`"),
-        ("notes.txt", "neither a folder nor a zip"),
-        ("cut.zip", "neither a folder nor a zip"),
+        ("notes.txt", "neither a folder, a zip nor a tar"),
+        ("cut.zip", "neither a folder, a zip nor a tar"),
         ("empty", "holds no images"),
         (".", "holds no images, only 2 other files"),
     ]:

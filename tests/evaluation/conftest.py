@@ -16,13 +16,14 @@ from cdm_ray.evaluation.reference import Dataset
 
 class SerialMap:
     """`map_tasks` in this process, everything pickled on the way as between processes; keeps the
-    description of every map."""
+    description and the number of items of every map."""
 
     def __init__(self):
-        self.descriptions = []
+        self.descriptions, self.items = [], []
 
     def __call__(self, function, items, description):
         self.descriptions.append(description)
+        self.items.append(len(items))
         function, items = pickle.loads(pickle.dumps((function, items)))
         return pickle.loads(pickle.dumps([function(item) for item in items]))
 
@@ -55,6 +56,7 @@ def _pack(folder: Path, images, labels, *, per_shard: int, max_bad_fraction=0.0)
         shards=tuple(shards),
         fingerprint=hashlib.sha256(images.tobytes()).hexdigest(),
     )
+    manifest.save(folder)
     return Dataset(str(folder), manifest, max_bad_fraction)
 
 

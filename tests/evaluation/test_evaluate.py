@@ -9,11 +9,14 @@ from PIL import Image
 
 from cdm_ray.config import ImageConfig, build_config
 from cdm_ray.errors import ConfigError
-from cdm_ray.evaluation.evaluate import evaluate, load_network, plan
+from cdm_ray.evaluation.evaluate import evaluate
 from cdm_ray.evaluation.features import load_extractor
 from cdm_ray.evaluation.figures import sample_grid
 from cdm_ray.evaluation.frechet import FeatureStatistics, frechet_distance
 from cdm_ray.evaluation.generate import KINDS, generate
+from cdm_ray.evaluation.kid import kernel_distance
+from cdm_ray.evaluation.precision_recall import precision_recall
+from cdm_ray.evaluation.work import load_network
 from cdm_ray.networks import build_network
 
 IMAGES = 70
@@ -37,7 +40,10 @@ def config(path, **evaluation):
             "grid": 40,
             "drift_images": 50,
             "drift_sigmas": 3,
-            "first_seed": 7,
+            "first_seeds": [7],
+            "kid_subset": 20,
+            "kid_subsets": 10,
+            "pr_images": 60,
             **evaluation,
         },
     }
@@ -85,18 +91,31 @@ def result(dataset, weights, folder):
     )
 
 
+@pytest.fixture(scope="module")
+def real(dataset, digits):
+    """Features of all real images."""
+    return load_extractor(config("x").eval, "cpu")(torch.from_numpy(digits[0])[:, None])
+
+
+def generated(weights, kind, first_seed=7):
+    network = load_network(config("x"), weights, 10, "cpu")
+    return generate(network, config("x"), range(first_seed, first_seed + IMAGES), 10, kind, "cpu")
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_distance_is_that_of_the_generated_images_to_all_real_ones(
-    result, dataset, digits, weights, kind
-):
-    cfg = config(dataset.path)
-    extractor = load_extractor(cfg.eval, "cpu")
-    real = FeatureStatistics.of(extractor(torch.from_numpy(digits[0])[:, None]))
-    network = load_network(cfg, weights, 10, "cpu")
-    images = generate(network, cfg, range(7, 7 + IMAGES), 10, kind, "cpu")
-    expected = frechet_distance(FeatureStatistics.of(extractor(images)), real)
+def test_numbers_are_those_of_the_generated_images_and_all_real_ones(result, real, weights, kind):
+    images = generated(weights, kind)
+    fake = load_extractor(config("x").eval, "cpu")(images)
+    expected = frechet_distance(FeatureStatistics.of(fake), FeatureStatistics.of(real))
     # Rounding of other batch sizes may move single pixels by one grey level.
     assert result.metrics[f"fd_digits_{kind}"] == pytest.approx(expected, rel=1e-3)
+    kernel = kernel_distance(real, fake, subset=20, subsets=10, device="cpu")
+    assert result.metrics[f"kd_digits_{kind}"] == pytest.approx(kernel.mean, rel=1e-3)
+    assert result.metrics[f"kd_digits_{kind}_std"] == pytest.approx(kernel.std, rel=1e-3)
+    spread = real[[(2 * i + 1) * 200 // 120 for i in range(60)]]  # the data set is sorted by class
+    shares = precision_recall(spread, fake[:60])
+    assert result.metrics[f"precision_digits_{kind}"] == pytest.approx(shares.precision, abs=0.02)
+    assert result.metrics[f"recall_digits_{kind}"] == pytest.approx(shares.recall, abs=0.02)
     with Image.open(result.grids[kind]) as grid:
         difference = np.asarray(grid).astype(int) - np.asarray(sample_grid(images[:40]))
     assert np.abs(difference).max() <= 1
@@ -104,11 +123,14 @@ def test_distance_is_that_of_the_generated_images_to_all_real_ones(
 
 def test_every_number_comes_with_its_counts(result):
     metrics = result.metrics
+    quantities = ("fd", "kd", "precision", "recall")
     assert set(metrics) == {
-        "fd_digits_ode",
-        "fd_digits_sde",
+        *(f"{quantity}_digits_{kind}" for quantity in quantities for kind in KINDS),
+        *(f"kd_digits_{kind}_std" for kind in KINDS),
         "fd_images",
         "fd_reference_images",
+        "kid_subset",
+        "pr_images",
         "cp_residual",
         "cp_residual_se",
         "cp_residual_on_data",
@@ -119,13 +141,16 @@ def test_every_number_comes_with_its_counts(result):
     }
     assert metrics["fd_images"] == 70
     assert metrics["fd_reference_images"] == 200
+    assert metrics["kid_subset"] == 20
+    assert metrics["pr_images"] == 60
     assert metrics["drift_images"] == 50
     assert (metrics["nfe_ode"], metrics["nfe_sde"]) == (5, 6)
     assert all(np.isfinite(value) for value in metrics.values())
 
 
 def test_files_are_written_where_asked_and_results_are_json(result, folder, dataset):
-    assert {path.name for path in (folder / "out").iterdir()} == {
+    assert list((folder / "out").iterdir()) == [result.folder]  # the parts are gone
+    assert {path.name for path in result.folder.iterdir()} == {
         "samples_ode.png",
         "samples_sde.png",
         "cp_residual.png",
@@ -134,7 +159,7 @@ def test_files_are_written_where_asked_and_results_are_json(result, folder, data
     }
     assert set(result.figures) == {"cp_residual", "noise_norm"}
     assert all(path.is_file() for path in (*result.figures.values(), *result.grids.values()))
-    content = json.loads((folder / "out" / "results.json").read_text())
+    content = json.loads((result.folder / "results.json").read_text())
     assert content["metrics"] == result.metrics
     assert content["dataset"]["fingerprint"] == dataset.manifest.fingerprint
     curve = content["drift"]["cp_residual_per_dimension"]["sde states, 4 steps"]
@@ -142,16 +167,77 @@ def test_files_are_written_where_asked_and_results_are_json(result, folder, data
     assert curve["images"] == 50
 
 
-def test_results_do_not_depend_on_how_the_work_is_split_and_are_logged(result, run, caplog):
-    with caplog.at_level(logging.INFO):
-        metrics = run(batch=9).metrics  # with everything pickled on the way
+def test_results_do_not_depend_on_how_the_work_is_split(result, run):
+    metrics = run(batch=9).metrics  # with everything pickled on the way
     for name, value in result.metrics.items():
-        # float32 rounding of other batch sizes, and single pixels moved by it.
-        assert metrics[name] == pytest.approx(value, rel=2e-3), name
-    assert "fd_digits of ODE samples" in caplog.text
-    assert "70 generated, 200 real images" in caplog.text
-    assert "CP residual" in caplog.text
-    assert "(50 images)" in caplog.text
+        # float32 rounding of other batch sizes, and single pixels moved by it, which may carry one
+        # of 60 images over the edge of a ball.
+        tolerance = {"abs": 0.02} if name.startswith(("precision", "recall")) else {}
+        assert metrics[name] == pytest.approx(value, rel=2e-3, **tolerance), name
+
+
+def test_each_range_of_seeds_has_its_own_images_and_the_mean_is_reported_beside_the_minimum(
+    run, result, real, weights
+):
+    found = run(first_seeds=[7, 500])
+    extractor = load_extractor(config("x").eval, "cpu")
+    for kind in KINDS:
+        name = f"fd_digits_{kind}"
+        first, second = found.ranges[name]
+        assert first == result.metrics[name] == result.ranges[name][0]
+        features = extractor(generated(weights, kind, first_seed=500))
+        expected = frechet_distance(FeatureStatistics.of(features), FeatureStatistics.of(real))
+        assert second == pytest.approx(expected, rel=1e-3)
+        assert found.metrics[name] == pytest.approx((first + second) / 2)
+        assert found.metrics[f"{name}_min"] == min(first, second)
+        assert found.metrics[f"kd_digits_{kind}_min"] == min(found.ranges[f"kd_digits_{kind}"])
+    # Of the first range only; its images, and with them the grid, are the same.
+    assert found.metrics["cp_residual"] == result.metrics["cp_residual"]
+    assert found.grids["ode"].read_bytes() == result.grids["ode"].read_bytes()
+
+
+def test_another_reference_moves_the_frechet_distance_alone(run, result, real, tmp_path):
+    path, statistics = tmp_path / "edm.npz", FeatureStatistics.of(real[:100])
+    np.savez(path, mu=statistics.mean, sigma=statistics.covariance)
+    found = run(reference=str(path)).metrics
+    changed = {name for name in result.metrics if found.get(name) != result.metrics[name]}
+    # EDM's files do not say how many images they are from, and neither does the evaluation.
+    assert changed == {"fd_digits_ode", "fd_digits_sde", "fd_reference_images"}
+    assert "fd_reference_images" not in found
+
+
+def test_the_data_sets_own_statistics_as_reference_change_nothing(run, result, folder):
+    (path,) = (folder / "cache").glob("reference-digits-*.npz")
+    assert run(reference=str(path)).metrics == pytest.approx(result.metrics, rel=1e-9)
+
+
+def test_a_reference_that_does_not_fit_is_refused_before_any_task(run, map_tasks, tmp_path):
+    np.savez(tmp_path / "edm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(ConfigError, match="2048 features, eval.extractor=digits gives 64"):
+        run(reference=str(tmp_path / "edm.npz"))
+    assert map_tasks.descriptions == []
+
+
+def test_too_few_samples_are_one_line_in_the_log_that_names_both_numbers(run, caplog):
+    with caplog.at_level(logging.WARNING):
+        run(images=20, drift_images=4, first_seeds=[7, 500])
+    (line,) = [record.message for record in caplog.records if "Fréchet" in record.message]
+    assert line.startswith("Fréchet distance from 20 samples of 64 features: fewer than 65")
+
+
+def test_fewer_images_than_a_subset_are_used_whole_and_logged(run, caplog):
+    with caplog.at_level(logging.WARNING):
+        metrics = run(images=66, drift_images=4, kid_subset=1000).metrics
+    assert metrics["kid_subset"] == 66
+    assert "subsets of 66 images instead of eval.kid_subset=1000" in caplog.text
+
+
+def test_very_few_images_still_have_precision_and_recall_and_the_log_says_how(run, caplog):
+    with caplog.at_level(logging.WARNING):
+        metrics = run(images=3, drift_images=2, kid_subset=2, grid=2).metrics
+    assert metrics["pr_images"] == 3
+    assert 0 <= metrics["recall_digits_ode"] <= 1
+    assert "precision and recall with 2 instead of 3 neighbours" in caplog.text
 
 
 def test_more_drift_images_than_generated_ones_are_as_many_as_there_are(run):
@@ -194,14 +280,6 @@ def test_loading_weights_leaves_the_callers_random_numbers(weights):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_plan_covers_every_image_once_in_few_tasks_of_about_a_batch():
-    items = plan(config("x", images=5000, batch=100, drift_images=256), real_images=130)
-    for source, total, tasks in (("sde", 5000, 32), ("ode", 5000, 32), ("data", 130, 2)):
-        rows = [item.rows for item in items if item.source == source]
-        assert [index for part in rows for index in part] == list(range(total))
-        assert len(rows) == tasks
-
-
 class Inception(torch.nn.Module):
     """Stand-in with the interface of the field's Inception file: random projections of pixels."""
 
@@ -215,13 +293,16 @@ class Inception(torch.nn.Module):
         return (small.flatten(1) @ self.weight).relu()
 
 
-def test_inception_gives_a_number_called_fid(run, tmp_path):
+def test_inception_gives_numbers_with_the_fields_names(run, tmp_path):
     path = tmp_path / "inception.pt"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit.script.*", DeprecationWarning)
         torch.jit.script(Inception()).save(str(path))
-    with pytest.warns(UserWarning, match="samples of 2048 features: fewer than 2049"):
-        metrics = run(images=20, extractor="inception", extractor_file=str(path)).metrics
+    metrics = run(
+        images=20, drift_images=4, extractor="inception", extractor_file=str(path)
+    ).metrics
+    names = {name.removesuffix("_ode") for name in metrics if name.endswith("_ode")}
+    assert names == {"fid", "kid", "precision", "recall", "nfe"}
+    assert "kid_ode_std" in metrics
     assert metrics["fid_ode"] > 0
-    assert metrics["fid_sde"] > 0
-    assert not any(name.startswith("fd_digits") for name in metrics)
+    assert not any("digits" in name or name.startswith(("fd_o", "kd_")) for name in metrics)

@@ -7,7 +7,7 @@ from safetensors import safe_open
 
 from cdm_ray.config import EvalConfig
 from cdm_ray.errors import ConfigError
-from cdm_ray.evaluation.features import DIGITS_FILE, DigitsNetwork, load_extractor, weights_digest
+from cdm_ray.evaluation.features import DIGITS_FILE, DigitsNetwork, load_extractor, tensors_digest
 from cdm_ray.evaluation.train_digits_features import (
     PROVENANCE_KEY,
     accuracy,
@@ -179,5 +179,5 @@ def test_digest_changes_with_values_shapes_types_and_names():
         {"w": torch.zeros(2, 3, dtype=torch.int32)},
         {"v": torch.zeros(2, 3)},
     ]
-    digests = {weights_digest(tensors) for tensors in [base, *variants]}
+    digests = {tensors_digest(tensors) for tensors in [base, *variants]}
     assert len(digests) == 5

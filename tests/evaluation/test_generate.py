@@ -1,9 +1,12 @@
+from typing import get_args
+
 import pytest
 import torch
 
-from cdm_ray.config import EvalConfig, ImageConfig, build_config
+from cdm_ray.config import EvalConfig, ImageConfig, SamplerConfig, build_config
 from cdm_ray.evaluation.generate import (
     KINDS,
+    configured_solver,
     draw_start,
     from_uint8,
     generate,
@@ -16,6 +19,22 @@ from cdm_ray.networks import build_network
 from cdm_ray.processes.oracles import Gaussian
 
 SEEDS = range(100, 108)
+SOLVERS = [
+    *(("ode", solver) for solver in ("euler", "heun", "dpmpp_2m", "dpmpp_3m")),
+    *(("sde", solver) for solver in ("ancestral", "euler_maruyama", "churn")),
+]
+with_every_solver = pytest.mark.parametrize(("kind", "solver"), SOLVERS)
+
+
+def test_every_solver_of_the_configuration_is_there():
+    fields = SamplerConfig.model_fields
+    for kind in KINDS:
+        names = get_args(fields[f"{kind}_solver"].annotation)
+        assert [(kind, name) for name in names] == [pair for pair in SOLVERS if pair[0] == kind]
+        for name in names:
+            solver = configured_solver(config(**{f"{kind}_solver": name}).sampler, kind)
+            assert solver.name == name
+            assert solver.stochastic == (kind == "sde")
 
 
 def config(**sampler):
@@ -58,11 +77,12 @@ def network():
     return net.requires_grad_(False)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_seeds_image_does_not_depend_on_the_batch(network, kind):
-    together = generate(network, config(), SEEDS, 3, kind, "cpu")
+@with_every_solver
+def test_a_seeds_image_does_not_depend_on_the_batch(network, kind, solver):
+    chosen = config(**{f"{kind}_solver": solver})
+    together = generate(network, chosen, SEEDS, 3, kind, "cpu")
     parts = [
-        generate(network, config(), seeds, 3, kind, "cpu")
+        generate(network, chosen, seeds, 3, kind, "cpu")
         for seeds in (SEEDS[:1], SEEDS[1:6], SEEDS[6:])
     ]
     assert together.dtype == torch.uint8
@@ -126,30 +146,69 @@ def test_labels_reach_the_network_and_are_absent_without_classes():
     assert denoiser.labels is None
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_evaluations_are_as_many_as_reported(kind):
-    denoiser = Denoiser(Gaussian(0.0, 0.1))
-    generate(denoiser, config(), SEEDS, 0, kind, "cpu")
-    assert denoiser.calls == num_evaluations(config().sampler, kind) == {"ode": 7, "sde": 6}[kind]
+@with_every_solver
+def test_evaluations_are_as_many_as_reported(kind, solver):
+    denoiser, chosen = Denoiser(Gaussian(0.0, 0.1)), config(**{f"{kind}_solver": solver})
+    generate(denoiser, chosen, SEEDS, 0, kind, "cpu")
+    steps = {"ode": 4, "sde": 6}[kind]
+    expected = 2 * steps - 1 if solver in ("heun", "churn") else steps
+    assert denoiser.calls == num_evaluations(chosen.sampler, kind) == expected
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_stops_show_the_path_and_do_not_change_it(kind):
-    denoiser, sampler = Gaussian(0.0, 0.1), config().sampler
-    sigmas = noise_levels(sampler, kind)
+@with_every_solver
+def test_states_are_at_the_noise_levels_from_the_latents_to_the_image(kind, solver):
+    denoiser, chosen = Gaussian(0.0, 0.1), config(**{f"{kind}_solver": solver})
+    start = draw_start(chosen, SEEDS, 0, "cpu")
+    states = list(sampler_states(denoiser, start, chosen.sampler, kind))
+    sigmas = noise_levels(chosen.sampler, kind)
+    assert len(states) == len(sigmas) == {"ode": 5, "sde": 7}[kind]
+    assert torch.equal(states[0], start.latents.double() * 80)
+    images = generate(Denoiser(denoiser), chosen, SEEDS, 0, kind, "cpu")
+    assert torch.equal(to_uint8(states[-1]), images)
 
-    def states(stops):
-        return list(
-            sampler_states(denoiser, draw_start(config(), SEEDS, 0, "cpu"), sampler, kind, stops)
-        )
 
-    (end,) = states([])
-    passed = states([0, 1])
-    torch.testing.assert_close(passed[-1], end, rtol=1e-6, atol=1e-6)  # D is float32
-    assert len(passed) == 3
-    for state, sigma in zip(passed, sigmas[[0, 1]], strict=False):
-        # Far above the data, a state is noise of this spread: 512 values, and few coarse steps.
-        assert state.std() == pytest.approx(float(sigma), rel=0.25)
+def test_settings_of_churn_reach_it():
+    """Without churn the states are Heun's; otherwise they show where noise comes in, how loud."""
+    as_heun = config(ode_solver="heun", ode_steps=8).sampler
+
+    def states(sampler, kind):
+        start = draw_start(config(), SEEDS, 0, "cpu")
+        return torch.stack(list(sampler_states(Gaussian(0.0, 0.1), start, sampler, kind)))
+
+    def churned(**changes):
+        settings = {"churn": 2.0, "churn_min": 0.1, "churn_max": 20.0, "churn_noise": 1.0}
+        chosen = config(sde_solver="churn", sde_steps=8, **settings | changes)
+        return states(chosen.sampler, "sde")
+
+    heun, usual = states(as_heun, "ode"), churned()
+    assert torch.equal(churned(churn=0.0), heun)
+    sigmas = noise_levels(as_heun, "ode")
+    first = int((sigmas <= 20).nonzero()[0])
+    assert torch.equal(usual[: first + 1], heun[: first + 1])
+    assert not torch.equal(usual[first + 1], heun[first + 1])
+    # A state is linear in the noise; D is float32.
+    step = [churned(churn_noise=scale)[first + 1] for scale in (1.0, 1.5, 2.0)]
+    torch.testing.assert_close(step[2] - step[1], step[1] - step[0], rtol=0, atol=1e-5)
+    assert (step[1] - step[0]).std() > 1
+    last = int((sigmas >= 1).nonzero()[-1])
+    short = churned(churn_min=1.0)
+    assert torch.equal(short[: last + 2], usual[: last + 2])
+    assert not torch.equal(short[last + 2], usual[last + 2])
+
+
+def test_epsilon_scaling_reaches_every_evaluation_of_the_sampler():
+    """D <- x - (x - D)/b, in both stages of Heun's method and in the last step."""
+    data, scale = Gaussian(0.1, 0.09), 1.05
+    scaled = Denoiser(lambda x, sigma: x - (x - data(x, sigma)) / scale)
+    for kind in KINDS:
+        by_option = generate(
+            Denoiser(data), config(epsilon_scale=scale), SEEDS, 0, kind, "cpu"
+        ).int()
+        by_hand = generate(scaled, config(), SEEDS, 0, kind, "cpu").int()
+        without = generate(Denoiser(data), config(), SEEDS, 0, kind, "cpu").int()
+        # x - D is taken in float64 by the option: a value may cross to the next integer
+        assert (by_option - by_hand).abs().max() <= 1
+        assert (by_option - without).abs().max() > 1
 
 
 def test_uint8_round_trip_is_the_identity_and_conversion_clips():

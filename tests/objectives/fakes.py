@@ -44,8 +44,8 @@ class FakeNetwork(torch.nn.Module):
 
     def forward(self, x, sigma, class_labels=None, augment_labels=None, dropout=None):
         h = self.scale * self.shrink(sigma).view(-1, *[1] * (x.ndim - 1)) * x
-        if dropout is not None:
-            h = dropout(h, self.p)
+        mask = None if dropout is None else dropout.draw(h.shape, self.p)
+        h = h if mask is None else mask(h)
         grad = torch.is_grad_enabled()
         self.calls.append(Call(x, sigma, grad, class_labels, augment_labels, dropout, h.detach()))
         return h

@@ -2,7 +2,7 @@ import torch
 
 from cdm_ray.processes.edm import euler_maruyama_step, rho_levels
 from cdm_ray.processes.oracles import Gaussian
-from cdm_ray.processes.rollout import rollout
+from cdm_ray.processes.rollout import path, rollout
 
 DATA = Gaussian(mean=0.3, variance=0.25)
 
@@ -48,6 +48,16 @@ def test_a_known_first_value_saves_an_evaluation_and_changes_nothing():
     )
     assert torch.equal(torch.stack(field.times), times[1:-1])
     assert torch.equal(saved, rollout(DATA, euler_maruyama_step, x, times, Noise(x.shape)))
+
+
+def test_a_path_shows_the_state_at_every_time_and_ends_where_the_rollout_does():
+    x, times = start()
+    states = list(path(DATA, euler_maruyama_step, x, times, Noise(x.shape)))
+    assert len(states) == 3
+    for i, state in enumerate(states):
+        end = rollout(DATA, euler_maruyama_step, x, times[: i + 2], Noise(x.shape))
+        assert torch.equal(state, end)
+    assert torch.equal(rollout(DATA, euler_maruyama_step, x, times[:1], Noise(x.shape)), x)
 
 
 def test_samples_may_have_their_own_times():

@@ -4,9 +4,11 @@ import json
 import logging
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cdm_ray import checkpoint as module
 from cdm_ray.checkpoint import (
@@ -17,7 +19,7 @@ from cdm_ray.checkpoint import (
     newest_checkpoint,
 )
 from cdm_ray.config import OptimizerConfig
-from cdm_ray.training.checkpoint import write_checkpoint
+from cdm_ray.training.checkpoint import write_average, write_checkpoint
 from cdm_ray.training.engine import Engine
 from tests.distributed import run_workers
 
@@ -30,6 +32,7 @@ def write_three(rank, world, root, stage):
         engine.step(lr=1e-2, ema_beta=0.5)
         state = TrainingState(step, 2 * step, step)
         write_checkpoint(root, engine, state, "recipe: digits\n", keep_last=2)
+    write_average(root.with_name(f"{root.name}-average") / "ema.safetensors", engine)
     return {kind: {name: tensor.clone() for name, tensor in engine.gather(kind)} for kind in KINDS}
 
 
@@ -60,6 +63,23 @@ def test_holds_everything_whoever_wrote_it(written):
     # complete state dicts: buffers included
     assert "1.running_mean" in checkpoint.tensors("weights")
     assert "1.running_mean" in checkpoint.tensors("ema")
+
+
+def test_average_alone_is_that_of_a_checkpoint(written):
+    (path,) = written[0].with_name(f"{written[0].name}-average").iterdir()
+    expected, alone = newest_checkpoint(written[0]).tensors("ema"), load_file(path)
+    assert alone.keys() == expected.keys()
+    assert all(torch.equal(alone[name], tensor) for name, tensor in expected.items())
+
+
+def test_run_of_a_checkpoint_is_where_it_lies_now(root, monkeypatch):
+    run = root.rename(root.with_name("checkpoints")).parent
+    checkpoint = newest_checkpoint(run / "checkpoints")
+    assert (checkpoint.run_folder, checkpoint.name) == (run, "step-00000003")
+    monkeypatch.chdir(checkpoint.folder)
+    assert Checkpoint.open(Path(".")).run_folder == run
+    copied = Checkpoint.open(checkpoint.folder.rename(run / "downloaded"))
+    assert (copied.run_folder, copied.name) == (run, "downloaded")
 
 
 def test_keeps_the_last_ones_and_no_temporary_folder(written):

@@ -1,0 +1,84 @@
+"""Weights out: a folder with the averaged weights of a checkpoint, fit to be given away.
+
+model.safetensors   the weights and, as metadata, the arguments that rebuild their network
+README.md           the model card
+config.yaml         the configuration of the run
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cdm_ray.checkpoint import CONFIG_FILE, EMA, Checkpoint
+from cdm_ray.config import NOT_LEARNED, ImageConfig, flatten, load_config
+from cdm_ray.errors import ConfigError
+from cdm_ray.model_card import model_card
+from cdm_ray.networks.exported import rebuild
+from cdm_ray.networks.published import EXPORT_KEY
+
+WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "README.md"
+
+
+def export_folder(checkpoint: Checkpoint) -> Path:
+    """`RUN/export/step-N`, where the export of a checkpoint goes."""
+    return checkpoint.run_folder / "export" / checkpoint.name
+
+
+def export(config: ImageConfig, checkpoint: Checkpoint) -> Path:
+    """Write the export of a checkpoint and return its folder; an older one is replaced.
+
+    `config` is the checkpoint's, but for what the training did not depend on. Raises ConfigError
+    when it is not.
+    """
+    _check_unchanged(config, checkpoint)
+    tensors = checkpoint.tensors(EMA)
+    arguments = network_arguments(config, tensors)
+    rebuild(arguments, tensors, str(checkpoint.folder))  # refuses what could not be loaded again
+    folder = export_folder(checkpoint)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    metadata = {"format": "pt", EXPORT_KEY: json.dumps(arguments)}
+    save_file(tensors, temporary / WEIGHTS_FILE, metadata)
+    (temporary / CARD_FILE).write_text(model_card(config, checkpoint, arguments, tensors))
+    shutil.copyfile(checkpoint.folder / CONFIG_FILE, temporary / CONFIG_FILE)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    return folder
+
+
+def network_arguments(config: ImageConfig, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Arguments of `build_network` for these weights, as JSON has them."""
+    return {
+        # Where it started from is no part of a network, and a path of this machine.
+        "network": config.network.model_dump(mode="json") | {"init": None},
+        "resolution": config.data.resolution,
+        "channels": config.data.channels,
+        "label_dim": _inputs(tensors, "model.map_label.weight"),
+        "augment_dim": _inputs(tensors, "model.map_augment.weight"),
+    }
+
+
+def _inputs(tensors: dict[str, Tensor], layer: str) -> int:
+    return tensors[layer].shape[1] if layer in tensors else 0
+
+
+def _check_unchanged(config: ImageConfig, checkpoint: Checkpoint) -> None:
+    trained = flatten(load_config(ImageConfig, str(checkpoint.folder / CONFIG_FILE)))
+    changed = [
+        f"{key} was {trained[key]}, is {value}"
+        for key, value in flatten(config).items()
+        if value != trained[key] and not key.startswith(NOT_LEARNED)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{checkpoint.folder}: an export cannot change what was trained "
+            f"({'; '.join(changed)}); leave that out"
+        )

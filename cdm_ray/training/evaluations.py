@@ -1,0 +1,176 @@
+"""Evaluations of a training run: of its last weights, and of snapshots while it goes on.
+
+At every `eval.every_kimg` the workers leave a snapshot of the averaged weights in the run's folder
+and train on. A thread of the driver finds it there, evaluates it in Ray tasks that take nothing
+from the workers but what their resources leave, and records the numbers at the step they belong to.
+A snapshot that a stopped run left behind is evaluated when the run is continued.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import ray
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cdm_ray import cluster
+from cdm_ray.checkpoint import checkpoint_name
+from cdm_ray.cluster import TaskResources
+from cdm_ray.config import ImageConfig
+from cdm_ray.data.manifest import Manifest
+from cdm_ray.evaluation.evaluate import evaluate
+from cdm_ray.evaluation.launch import EVALUATIONS, evaluation_folder
+from cdm_ray.evaluation.results import EvaluationResult
+from cdm_ray.evaluation.tasks import MapTasks
+from cdm_ray.tracking import RunHandle, Tracker
+
+log = logging.getLogger(__name__)
+
+SNAPSHOT = "ema.safetensors"
+LOOK_EVERY_SECONDS = 1.0
+TOLD = ("fid_", "fd_", "cp_residual")
+"""Beginnings of the metrics that the driver prints during training."""
+GPU_SHARE = 0.1
+"""Of each training GPU, for evaluations during training where there is no other GPU."""
+
+
+def snapshot_path(config: ImageConfig, step: int) -> Path:
+    """Where the workers leave the averaged weights of a step."""
+    return evaluation_folder(config.run_folder, checkpoint_name(step)) / SNAPSHOT
+
+
+def evaluate_step(
+    config: ImageConfig,
+    weights: dict[str, Tensor],
+    step: int,
+    manifest: Manifest,
+    map_tasks: MapTasks,
+) -> EvaluationResult:
+    """Evaluate averaged weights of this run."""
+    return evaluate(
+        config,
+        weights,
+        manifest,
+        cache_folder=Path(config.run.storage) / "reference",
+        out_folder=evaluation_folder(config.run_folder, checkpoint_name(step)),
+        map_tasks=map_tasks,
+    )
+
+
+def record_evaluation(
+    tracking: RunHandle, step: int, evaluation: EvaluationResult, checkpoint: Path | None = None
+) -> None:
+    """Numbers, sample grids and figures on the MLflow run, at their step; and which checkpoint
+    they are of, if it is kept."""
+    tracker = Tracker(tracking)
+    try:
+        tracker.log_metrics(
+            {f"eval/{name}": value for name, value in evaluation.metrics.items()}, step
+        )
+        for name, path in evaluation.grids.items():
+            tracker.log_image(path, f"samples_{name}", step)
+        for path in [*evaluation.figures.values(), *evaluation.grids.values()]:
+            tracker.log_figure(path)
+        if checkpoint is not None:
+            tracker.set_tag("checkpoint", str(checkpoint))
+    finally:
+        tracker.close(timeout=30.0)
+
+
+def worker_gpus(config: ImageConfig) -> float:
+    """GPU share of each training worker, given that they use GPUs: the rest of a GPU is for
+    evaluations during training where the workers take every GPU there is."""
+    spare = cluster.gpus_in_cluster() - config.ray.workers
+    return 1.0 - GPU_SHARE if config.eval.every_kimg is not None and spare < 1 else 1.0
+
+
+def resources_beside_training(config: ImageConfig, use_gpu: bool) -> TaskResources:
+    """What evaluations may take while the workers run: resources of their own if the cluster has
+    them, else a share of the training's, one task at a time on each GPU or machine."""
+    workers = config.ray.workers
+    if use_gpu:
+        spare = int(cluster.gpus_in_cluster()) - workers
+        if spare >= 1:
+            return TaskResources(gpus=1.0, at_once=spare)
+        return TaskResources(cpus=0.0, gpus=GPU_SHARE, at_once=workers)
+    # one more CPU is the training controller's
+    spare = int(ray.cluster_resources().get("CPU", 0) - workers * config.ray.cpus_per_worker) - 1
+    return TaskResources(at_once=spare) if spare >= 1 else TaskResources(cpus=0.0, at_once=1)
+
+
+class EvaluationsDuringTraining:
+    """A thread that evaluates snapshots as they appear; a context around the training.
+
+    An evaluation that fails is reported, in the log and as a tag of the MLflow run, and does not
+    end the training. Leaving the context after a training that went well waits for the snapshots
+    that are still to be evaluated; otherwise they stay for the next launch.
+    """
+
+    def __init__(
+        self, config: ImageConfig, manifest: Manifest, tracking: RunHandle, *, use_gpu: bool
+    ) -> None:
+        self._config, self._manifest, self._tracking = config, manifest, tracking
+        self._map_tasks = partial(
+            cluster.map_tasks, resources=resources_beside_training(config, use_gpu), show=False
+        )
+        self._failed: set[Path] = set()
+        self._trained, self._abandoned = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="evaluations", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self._abandoned.set()
+        self._trained.set()
+        if kind is None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._abandoned.is_set():
+            trained = self._trained.is_set()  # before looking: the last snapshot came earlier
+            snapshots = self._waiting()
+            for snapshot in snapshots:
+                if not self._abandoned.is_set():
+                    self._evaluate(snapshot)
+            if trained and not snapshots:
+                return
+            self._trained.wait(LOOK_EVERY_SECONDS)
+
+    def _waiting(self) -> list[Path]:
+        found = (self._config.run_folder / EVALUATIONS).glob(f"step-*/{SNAPSHOT}")
+        return sorted(path for path in found if path not in self._failed)
+
+    def _evaluate(self, snapshot: Path) -> None:
+        step = int(snapshot.parent.name.removeprefix("step-"))
+        try:
+            evaluation = evaluate_step(
+                self._config, load_file(snapshot), step, self._manifest, self._map_tasks
+            )
+            record_evaluation(self._tracking, step, evaluation)
+        except Exception as error:  # whatever it is, the training is worth more
+            if self._abandoned.is_set():
+                return
+            self._failed.add(snapshot)
+            line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            log.warning("evaluation at step %d failed (%s); training goes on", step, line)
+            tracker = Tracker(self._tracking)
+            tracker.set_tag(f"evaluation_failed.step-{step}", line)
+            tracker.close(timeout=10.0)
+        else:
+            snapshot.unlink()
+            shown = [f"{k} {v:.4g}" for k, v in evaluation.metrics.items() if k.startswith(TOLD)]
+            print(f"evaluation at step {step}: {', '.join(shown)}", flush=True)
