@@ -106,7 +106,6 @@ class UNet(torch.nn.Module, ABC):
                 x = self._run(layer, x, skip, embedding, next(masks))
         return self.project(x)
 
-    @torch.compiler.disable  # generators cannot be compiled; in here they cost a single break
     def _draw_masks(self, x: torch.Tensor, dropout: Dropout) -> list[Mask | None]:
         """Masks of all blocks, in their order, for images x."""
         masks = []

@@ -45,6 +45,8 @@ def free_port():
 def head():
     """Environment in which commands find a running head node."""
     ports = [free_port() for _ in range(4)]
+    # another range for each process of the test run
+    first_port = 30000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
     folder = tempfile.mkdtemp(prefix="ray")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))} | {
         "RAY_AUTH_MODE": "disabled",
@@ -58,7 +60,7 @@ def head():
             *("ray", "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=3"),
             *(f"--port={ports[0]}", f"--dashboard-port={ports[1]}", f"--temp-dir={folder}"),
             *(f"--ray-client-server-port={ports[2]}", f"--dashboard-agent-listen-port={ports[3]}"),
-            *("--min-worker-port=30000", "--max-worker-port=30999"),
+            *(f"--min-worker-port={first_port}", f"--max-worker-port={first_port + 999}"),
             "--object-store-memory=100000000",
         ],
         env=environment,

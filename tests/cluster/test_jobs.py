@@ -6,6 +6,8 @@ import re
 import pytest
 from mlflow import MlflowClient
 
+from cdm_ray.config import ImageConfig, load_config
+from cdm_ray.data.prepare import pack, plan_packing
 from tests.cluster.commands import (
     COMMANDS,
     REDUCED,
@@ -15,6 +17,7 @@ from tests.cluster.commands import (
     only,
     run,
 )
+from tests.data.data_sets import serial_map
 
 
 def test_commands_that_are_not_run_here_are_run_by_make_or_replaced():
@@ -87,7 +90,8 @@ def test_mistakes_end_with_one_line_and_exit_code_2(checkout, head, mistake, ans
 
 def test_damaged_shard_fails_the_run_truthfully(checkout, head):
     data, storage = checkout / "damaged" / "data", checkout / "damaged" / "runs"
-    run(f"python jobs/prepare_data.py digits data.path={data}", checkout, head)
+    config = load_config(ImageConfig, "digits", [f"data.path={data}"])
+    pack(plan_packing(config.data), serial_map)
     for shard in data.glob("*.tar"):
         content = bytearray(shard.read_bytes())
         content[700] ^= 1
