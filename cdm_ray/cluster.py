@@ -103,6 +103,12 @@ class TaskResources:
     """None: as many as the cluster has room for."""
 
 
+def task_resources(config: RayConfig) -> TaskResources:
+    """For tasks that generate images: a GPU each, where there are any and `ray.use_gpu` allows."""
+    one = config.model_copy(update={"workers": 1})
+    return TaskResources(gpus=float(uses_gpu(one)))
+
+
 def map_tasks(
     function: Callable[[T], R],
     items: Sequence[T],

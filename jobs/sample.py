@@ -23,8 +23,7 @@ def main(config: ImageConfig, checkpoint: Checkpoint, dry_run: bool) -> None:
         print_plan(config, checkpoint)
         return
     with cluster.connected(config.ray):
-        one = config.ray.model_copy(update={"workers": 1})  # each task needs one GPU, if any
-        resources = cluster.TaskResources(gpus=float(cluster.uses_gpu(one)))
+        resources = cluster.task_resources(config.ray)
         samples = sample_images(config, checkpoint, partial(cluster.map_tasks, resources=resources))
     print(f"images  {samples.folder} ({samples.made:,} of {len(samples.seeds):,} made now)")
     print(f"grid    {samples.grid}")

@@ -28,7 +28,9 @@ REDUCED = [
     "eval.drift_sigmas=2",
     "sampler.ode_steps=3",
     "sampler.sde_steps=3",
+    "ray.workers=1",
 ]
+"""Overrides that make a run small: most of its time is then the start of its processes."""
 
 
 def command_with(prefix):

@@ -23,7 +23,7 @@ from tests.cluster.commands import REDUCED, command_with, only, run, words
 from tests.data.data_sets import serial_map, write_cifar10
 
 FEW = ["eval.images=24", "eval.batch=12", "eval.pr_images=24", "eval.kid_subset=12"]
-SIZES = [*REDUCED, *FEW, "data.lanes=8", "ray.workers=2", "train.images=32"]
+SIZES = [*REDUCED, *FEW, "data.lanes=8", "train.images=32"]
 
 
 @pytest.fixture(scope="module")

@@ -4,18 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
+from cdm_ray.config import ImageConfig, load_config
 from cdm_ray.networks.dropout import Dropout
 
-RELEASED = {
-    "window": 0.05,
-    "window_kind": "absolute",
-    "rollout_steps": 5,
-    "step_kind": "euler_maruyama",
-    "fraction": 1.0,
-    "gradient": "both",
-    "reuse_d0": False,
-    "dropout": True,
-}
+RELEASED = load_config(ImageConfig, "cifar10-cond-faithful").cp.model_dump(exclude={"weight"})
 """Options of the released code of Consistent Diffusion Models."""
 
 
