@@ -1,0 +1,185 @@
+"""Control consistency for diffusion bridges (arXiv 2512.05070): targets along simulated paths.
+
+For dX = b(X) dt + sigma(t) dB conditioned on X_T = end, the score g = grad log h obeys along the
+bridge dg(X, t) = -(grad b)^T g dt + grad g sigma dB. So, for any auxiliary drift f and dJ = grad f
+J dr,
+
+    g(x, s) = E[J_t^T g(X_t, t) + int_s^t J_r^T (grad b - grad f)^T g(X_r, r) dr | X_s = x],
+
+which is SC1 with f = b and SC2 with f = 0. K steps dt of a path have scores at X_0 .. X_{K-1}; the
+last of them needs no network: the end fixes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from cdm_ray.errors import ConfigError
+from cdm_ray.objectives.consistency import regress
+from cdm_ray.processes.references import ReferenceProcess, jacobian_transpose
+from cdm_ray.processes.rollout import Field
+from cdm_ray.processes.simulation import Paths
+
+Weighting = Literal["inclusive", "average", "sqrt", "geom", "next", "endpoint", "window"]
+Variate = Literal["none", "noise", "innovation"]
+
+CHUNK_ROWS = 2**15
+"""Most (path, time) pairs that the network or a derivative of the drift sees in one call."""
+
+
+@dataclass(frozen=True)
+class ControlConsistency:
+    """Targets F_k of the score at every state X_k of a path, and the loss |g_theta - F_k|^2.
+
+    With the step P_k v = v + (grad f_k)^T v dt + (grad b_k - grad f_k)^T g_k dt, the end's score
+    a^-1 ((end - X_{K-1}) / dt - b) as F_{K-1} and g_{K-1}, and B_k below, backwards
+    F_k = P_k (B_k F_{k+1} + (1 - B_k) g_{k+1}).
+    """
+
+    process: ReferenceProcess
+    end: Tensor
+    """[d]."""
+    auxiliary: ReferenceProcess | None = None
+    """Its drift is f: None is SC2, the reference process itself SC1."""
+    weighting: Weighting = "inclusive"
+    """B_k: "average" (T - t_{k+1}) / (T - t_k), "sqrt" its power 1.5, "geom" `decay`, "next" 0,
+    "endpoint" 1. "inclusive" has the B_k of average, but F_k = (1 - B_k) g_k + B_k P_k F_{k+1}: for
+    b = 0 on own paths it is right after one sweep, whatever g. "window" takes the score `window`
+    steps later, or the end's."""
+    decay: float = 0.9
+    window: int = 20
+    variate: Variate = "none"
+    """Subtracts grad g(X_k, t_{k+1}) n_k from what P_k moves: n_k is sigma dB_k for "noise", of
+    mean 0; dX_k - (b + a g) dt for "innovation", the same on paths that the scores drove
+    themselves. On paths of other scores targets are biased without the innovation, and right with
+    it."""
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("weighting", self.weighting, get_args(Weighting)),
+            ("variate", self.variate, get_args(Variate)),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"{name}={value}; use one of {', '.join(allowed)}")
+        if not 0 <= self.decay <= 1:
+            raise ConfigError(f"decay={self.decay} of weighting=geom; use a number in [0, 1]")
+        if self.window < 1:
+            raise ConfigError(f"window={self.window}; a window has at least 1 step")
+
+    @torch.no_grad()
+    def targets(self, score: Field, paths: Paths) -> Tensor:
+        """F [K, N, d] by the scores score(x [n, d], t [n]), without gradient."""
+        scores, variate = self.scores(score, paths)
+        return self.sweep(paths, scores, variate)
+
+    @torch.no_grad()
+    def scores(self, score: Field, paths: Paths) -> tuple[Tensor, Tensor | None]:
+        """g_k [K, N, d] and, unless variate="none", (grad g) n_k [K - 1, N, d]."""
+        x = paths.states[:-1]
+        times = paths.times[:-1, None].expand(x.shape[:2])
+        scores = _in_chunks(score, x, times)
+        if self.variate == "none":
+            return scores, None
+        if self.variate == "innovation":
+            drift = _in_chunks(self.process.drift, x) + self._sigma(paths) ** 2 * scores
+            noise = paths.states.diff(dim=0) - drift * paths.steps
+        elif paths.increments is not None:
+            noise = self._sigma(paths) * paths.increments
+        else:
+            raise ConfigError(
+                "variate=noise needs the increments of the paths, and these have none; "
+                "use variate=innovation for replayed paths"
+            )
+
+        def derivative(x: Tensor, t: Tensor, n: Tensor) -> Tensor:
+            return torch.func.jvp(lambda y: score(y, t), (x,), (n,))[1]
+
+        # At t_{k+1}, since it is g_{k+1} that the noise of the step reaches: where g is linear
+        # nothing of it is left, while grad g at t_k misses by a share dt / (T - t).
+        return scores, _in_chunks(derivative, x[:-1], times[1:], noise[:-1])
+
+    @torch.no_grad()
+    def sweep(self, paths: Paths, scores: Tensor, variate: Tensor | None = None) -> Tensor:
+        """F [K, N, d] by what `scores` returns."""
+        known = torch.cat([scores[:-1], self.anchor(paths)[None]])
+        states, dt, source = paths.states[:-2], paths.steps, self._source(paths, scores[:-1])
+        noise = torch.zeros_like(source) if variate is None else variate
+        if self.weighting == "window":
+            result = known
+            for _ in range(min(self.window, len(source))):
+                moved = self._transported(states, result[1:] - noise, dt[:-1]) + source
+                result = torch.cat([moved, known[-1:]])
+            return result
+        kept = self._kept(paths)
+        result = torch.empty_like(known)
+        result[-1] = known[-1]
+        for k in range(len(source) - 1, -1, -1):
+            later = result[k + 1]
+            if self.weighting != "inclusive":
+                later = torch.lerp(known[k + 1], later, kept[k])
+            later = self._transported(states[k], later - noise[k], dt[k]) + source[k]
+            result[k] = (
+                torch.lerp(known[k], later, kept[k]) if self.weighting == "inclusive" else later
+            )
+        return result
+
+    def anchor(self, paths: Paths) -> Tensor:
+        """The score at X_{K-1} that leads an Euler step from there to the end, [N, d]."""
+        x, sigma = paths.states[-2], self._sigma(paths)[-1]
+        return ((self.end.to(x) - x) / paths.steps[-1] - self.process.drift(x)) / sigma**2
+
+    def loss(self, score: Field, paths: Paths, targets: Tensor, pairs: Tensor) -> Tensor:
+        """|g_theta - F|^2 of the given pairs, [M]: pair k N + n is path n at time k < K."""
+        number = paths.states.shape[1]
+        x, target = paths.states.flatten(0, 1)[pairs], targets.flatten(0, 1)[pairs]
+        return regress(score(x, paths.times[pairs // number]), target)
+
+    def _sigma(self, paths: Paths) -> Tensor:
+        """sigma(t_k), [K, 1, 1]."""
+        return self.process.sigma(paths.times[:-1]).to(paths.states.dtype).reshape(-1, 1, 1)
+
+    def _kept(self, paths: Paths) -> Tensor:
+        """B_k for k = 0 .. K - 2."""
+        left = (paths.times[-1] - paths.times[:-1]).to(paths.states.dtype)
+        ratio = left[1:] / left[:-1]
+        match self.weighting:
+            case "sqrt":
+                return ratio**1.5
+            case "geom":
+                return torch.full_like(ratio, self.decay)
+            case "next":
+                return torch.zeros_like(ratio)
+            case "endpoint":
+                return torch.ones_like(ratio)
+            case _:
+                return ratio
+
+    def _source(self, paths: Paths, scores: Tensor) -> Tensor:
+        """(grad b_k - grad f_k)^T g_k dt for k = 0 .. K - 2."""
+        if self.auxiliary is self.process:
+            return torch.zeros_like(scores)
+        x = paths.states[:-2]
+        pull = _in_chunks(lambda x, v: jacobian_transpose(self.process, x, v), x, scores)
+        if self.auxiliary is not None:
+            f = self.auxiliary
+            pull = pull - _in_chunks(lambda x, v: jacobian_transpose(f, x, v), x, scores)
+        return pull * paths.steps[:-1]
+
+    def _transported(self, x: Tensor, v: Tensor, dt: Tensor) -> Tensor:
+        """v + (grad f)^T v dt at x; all [..., N, d]."""
+        f = self.auxiliary
+        if f is None:
+            return v
+        return v + dt * _in_chunks(lambda x, v: jacobian_transpose(f, x, v), x, v)
+
+
+def _in_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """function of tensors [..., N, d] or [..., N] taken as rows, `CHUNK_ROWS` at a time."""
+    lead = tensors[0].shape[:-1]
+    rows = [tensor.reshape(-1, *tensor.shape[len(lead) :]).split(CHUNK_ROWS) for tensor in tensors]
+    return torch.cat([function(*chunk) for chunk in zip(*rows, strict=True)]).unflatten(0, lead)

@@ -1,0 +1,52 @@
+"""Paths of dX = drift(X, t) dt + sigma(t) dB on a grid of times, all of their states kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from cdm_ray.processes.references import ReferenceProcess
+from cdm_ray.processes.rollout import Field, path
+
+
+@dataclass(frozen=True)
+class Paths:
+    """N paths of K steps that share their times."""
+
+    states: Tensor
+    """X [K + 1, N, d]."""
+    times: Tensor
+    """[K + 1], increasing."""
+    increments: Tensor | None = None
+    """The Brownian increments dB [K, N, d] that drove them, of variance dt, where known."""
+
+    @property
+    def steps(self) -> Tensor:
+        """dt [K, 1, 1] in the dtype of the states."""
+        return self.times.diff().to(self.states.dtype).reshape(-1, 1, 1)
+
+
+@torch.no_grad()
+def simulate(
+    drift: Field, process: ReferenceProcess, start: Tensor, times: Tensor, noise: Tensor
+) -> Paths:
+    """Euler-Maruyama from `start` [N, d] at times [K + 1]; one call of `drift` per step.
+
+    X_{k+1} = X_k + drift(X_k, t_k) dt + sigma(t_k) dB_k with dB_k = sqrt(dt) `noise`_k, `noise`
+    [K, N, d] standard normal; the process gives sigma alone. Nothing has a gradient.
+    """
+    lengths = times.diff().to(start.dtype)
+    increments = lengths.sqrt().reshape(-1, 1, 1) * noise
+    kicks = process.sigma(times[:-1]).to(start.dtype).reshape(-1, 1, 1) * increments
+    states = start.new_empty(len(times), *start.shape)
+    states[0] = start
+    for k, state in enumerate(path(drift, _step, start, times, partial(next, iter(kicks)))):
+        states[k + 1] = state
+    return Paths(states, times, increments)
+
+
+def _step(x: Tensor, drift: Tensor, t: Tensor, t_next: Tensor, kick: Tensor) -> Tensor:
+    return x + drift * (t_next - t) + kick
