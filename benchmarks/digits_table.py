@@ -142,7 +142,8 @@ def table(values: Values, first: RunSummary) -> str:
             f"Mean and 95 % interval over {len(SEEDS)} seeds, differences seed by seed; "
             f"{first.images:,} training images each; every Fréchet distance (FD) over n = {n:,} "
             f"generated and {int(first.metrics['fd_reference_images']):,} real images with the "
-            f"`digits` feature network; lower is better. By `{COMMAND}`.",
+            f"`digits` feature network; lower is better. CP weight 1, input perturbation 0.1, "
+            f"epsilon scaling {EPSILON_SCALE}: one value each, none of them tuned. By `{COMMAND}`.",
             "",
             *lines,
         ]
