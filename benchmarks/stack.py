@@ -42,7 +42,7 @@ from cdm_ray.training.lanes import deal_lanes, micro_steps
 from cdm_ray.training.launch import train
 from cdm_ray.training.loop import run_loop
 from cdm_ray.training.optimizer import ema_beta, learning_rate
-from cdm_ray.training.worker import _passes, image_batch, random_network
+from cdm_ray.training.worker import image_batch, random_network, step_passes
 
 RESULTS = Path(__file__).parent / "results" / "stack.json"
 REPEATS = 15
@@ -94,7 +94,7 @@ def stack_variant(config: ImageConfig, manifest: Manifest, cp: CPConfig) -> Call
     stream = LaneStream(
         config.data, manifest, seed=0, lanes=lanes, lane_batch=config.lane_batch, start_step=0
     )
-    passes = _passes(config, stream, schedule, lanes, manifest, engine.device, 0)
+    passes = step_passes(config, stream, schedule, lanes, manifest, engine.device, 0)
     objective = ImageObjective(config.dsm, cp, config.network.sigma_data)
     state = TrainingState(0, 0, 0)
 

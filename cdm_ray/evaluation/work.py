@@ -20,6 +20,7 @@ from cdm_ray.evaluation.reference import LabelledImages
 from cdm_ray.evaluation.reference_features import FEATURES
 from cdm_ray.evaluation.tasks import task_device
 from cdm_ray.networks import EDMPrecond, build_network
+from cdm_ray.networks.exported import differences
 
 SHOWN = "shown"
 """Name of the images of the grid in a part."""
@@ -51,11 +52,13 @@ def load_network(
             label_dim=label_dim,
             augment_dim=config.augment_dim,
         )
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    if given != expected:
-        different = sorted(k for k in expected | given if expected.get(k) != given.get(k))
+    different = sorted(name for names in differences(network, state_dict) for name in names)
+    if different:
         first = different[0]
+        given, expected = (
+            {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            for tensors in (state_dict, network.state_dict())
+        )
         raise ConfigError(
             f"the weights do not fit the configured network: {len(different)} tensors differ, "
             f"e.g. {first} is {given.get(first, 'missing')} and should be "

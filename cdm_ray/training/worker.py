@@ -137,7 +137,7 @@ def _train(config: ImageConfig, assignment: Assignment) -> float | None:
         run_loop(
             engine,
             objective,
-            _passes(config, stream, schedule, lanes, manifest, device, state.step),
+            step_passes(config, stream, schedule, lanes, manifest, device, state.step),
             state,
             last_step=config.steps,
             train=config.train,
@@ -212,7 +212,7 @@ def _copy_average(engine: Engine, network: torch.nn.Module) -> None:
         targets[name].copy_(tensor)
 
 
-def _passes(
+def step_passes(
     config: ImageConfig,
     stream: Iterator[RawBatch],
     schedule: list[MicroStep],

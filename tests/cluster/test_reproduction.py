@@ -17,6 +17,7 @@ from cdm_ray.config import ImageConfig, load_config
 from cdm_ray.evaluation.launch import evaluate_checkpoint
 from cdm_ray.networks import build_network
 from cdm_ray.networks.exported import load_exported
+from cdm_ray.networks.published import read_weights
 from tests import edm_pickles
 from tests.checkpoints import make_checkpoint
 from tests.cluster.commands import REDUCED, command_with, only, run, words
@@ -59,10 +60,14 @@ def test_every_step_of_the_reproduction(paper, head):
     assert metrics["fid_ode_min"] == min(values)
     assert {"kid_sde", "precision_ode", "recall_sde", "nfe_ode"} <= metrics.keys()
     # too few images for the features, and the user is told both numbers
-    assert "24" in told
-    assert "2048" in told
+    assert "from 24 samples of 2048 features" in told
 
     assert "tensors copied" in step("train_cp.py cifar10-cond run.name=tuned", *SIZES)
+    # one step at the start of the learning rate's ramp, 3e-10: the weights are still the file's
+    published = read_weights(paper / "edm-cifar10-32x32-cond-vp.pkl").tensors
+    trained = open_newest(paper / "runs/tuned").tensors("weights")
+    for name, tensor in published.items():
+        torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-6)
     step("sample.py", "eval.images=5")
     pictures = list((paper / "runs/tuned/samples").rglob("0*.png"))
     assert [Image.open(picture).size for picture in pictures] == 5 * [(32, 32)]
