@@ -21,7 +21,7 @@ class Paths:
     times: Tensor
     """[K + 1], increasing."""
     increments: Tensor | None = None
-    """The Brownian increments dB [K, N, d] that drove them, of variance dt, where known."""
+    """The increments dB [K, N, d] of mean 0 that drove them, where known."""
 
     @property
     def steps(self) -> Tensor:
@@ -31,15 +31,28 @@ class Paths:
 
 @torch.no_grad()
 def simulate(
-    drift: Field, process: ReferenceProcess, start: Tensor, times: Tensor, noise: Tensor
+    drift: Field,
+    process: ReferenceProcess,
+    start: Tensor,
+    times: Tensor,
+    noise: Tensor,
+    *,
+    pinned: bool = False,
 ) -> Paths:
     """Euler-Maruyama from `start` [N, d] at times [K + 1]; one call of `drift` per step.
 
     X_{k+1} = X_k + drift(X_k, t_k) dt + sigma(t_k) dB_k with dB_k = sqrt(dt) `noise`_k, `noise`
     [K, N, d] standard normal; the process gives sigma alone. Nothing has a gradient.
+
+    `pinned`, for drifts that lead to a fixed state at times[-1] = T: dB_k has the variance
+    dt (T - t_{k+1}) / (T - t_k) of a Brownian bridge, so that b = 0 has no error of discretisation.
     """
     lengths = times.diff().to(start.dtype)
-    increments = lengths.sqrt().reshape(-1, 1, 1) * noise
+    variances = lengths
+    if pinned:
+        left = (times[-1] - times).to(start.dtype)
+        variances = lengths * left[1:] / left[:-1]
+    increments = variances.sqrt().reshape(-1, 1, 1) * noise
     kicks = process.sigma(times[:-1]).to(start.dtype).reshape(-1, 1, 1) * increments
     states = start.new_empty(len(times), *start.shape)
     states[0] = start

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cdm_ray.processes.references import OrnsteinUhlenbeck, Schedule
+from cdm_ray.processes.references import Brownian, OrnsteinUhlenbeck, Schedule
 from cdm_ray.processes.simulation import simulate
 
 PROCESS = OrnsteinUhlenbeck(2, Schedule((0.0, 1.0), (0.5, 2.0)), 1.5)
@@ -56,3 +56,19 @@ def test_noise_and_start_are_left_as_they_were():
     simulate(pull, PROCESS, start, TIMES, noise)
     assert noise.equal(NOISE)
     assert start.equal(START)
+
+
+def test_pinned_noise_makes_a_brownian_bridge_of_two_steps_exact():
+    """Whatever the steps, X_t of the bridge from 0 to 0 has the variance sigma^2 t (T - t) / T."""
+    times = torch.tensor([0.0, 0.7, 1.0], dtype=torch.float64)
+    noise = torch.tensor([[[1.0]], [[1.0]]], dtype=torch.float64)
+    start = torch.zeros(1, 1, dtype=torch.float64)
+
+    def to_zero(x, t):
+        return -x / (1 - t)
+
+    pinned = simulate(to_zero, Brownian(1, 2.0), start, times, noise, pinned=True).states
+    assert pinned[1].item() == pytest.approx(2.0 * math.sqrt(0.7 * 0.3), rel=1e-14)
+    assert pinned[2].item() == pytest.approx(0.0, abs=1e-14)
+    plain = simulate(to_zero, Brownian(1, 2.0), start, times, noise).states
+    assert plain[2].item() == pytest.approx(2.0 * math.sqrt(0.3), rel=1e-14)
