@@ -26,7 +26,7 @@ from cdm_ray.checkpoint import CONFIG_FILE, Checkpoint
 from cdm_ray.config import ImageConfig, RayConfig, load_config
 from cdm_ray.evaluation.launch import evaluate_checkpoint
 from cdm_ray.report import RESULTS_FILE, RunSummary
-from cdm_ray.training.launch import run_images
+from cdm_ray.training.image_run import run_images
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "digits_table.json"

@@ -38,11 +38,11 @@ from cdm_ray.data.stream import LaneStream
 from cdm_ray.objectives.cp import forward_units
 from cdm_ray.objectives.image import ImageObjective
 from cdm_ray.training.engine import Engine
+from cdm_ray.training.image_worker import image_batch, random_network, step_passes
 from cdm_ray.training.lanes import deal_lanes, micro_steps
 from cdm_ray.training.launch import train
 from cdm_ray.training.loop import run_loop
-from cdm_ray.training.optimizer import ema_beta, learning_rate
-from cdm_ray.training.worker import image_batch, random_network, step_passes
+from cdm_ray.training.rates import image_rates
 
 RESULTS = Path(__file__).parent / "results" / "stack.json"
 REPEATS = 15
@@ -106,9 +106,9 @@ def stack_variant(config: ImageConfig, manifest: Manifest, cp: CPConfig) -> Call
             passes,
             state,
             last_step=state.step + steps,
+            batch=config.train.batch,
             train=config.train,
-            optimizer=config.optimizer,
-            ema=config.ema,
+            rates=lambda state: image_rates(config, state.samples_seen),
             hooks=SilentHooks(),
         )
 
@@ -135,10 +135,11 @@ def bare_variant(config: ImageConfig, manifest: Manifest) -> Callable[[int], Non
             loss = (weight.view(-1, 1, 1, 1) * error**2).sum() / batch
             optimizer.zero_grad()
             loss.backward()
-            optimizer.param_groups[0]["lr"] = learning_rate(config.optimizer, seen)
+            rates = image_rates(config, seen)
+            optimizer.param_groups[0]["lr"] = rates.lr
             optimizer.step()
             with torch.no_grad():
-                torch._foreach_lerp_(averages, weights, 1 - ema_beta(config.ema, batch, seen))
+                torch._foreach_lerp_(averages, weights, 1 - rates.ema_beta)
             seen += batch
 
     return advance
@@ -174,7 +175,7 @@ def measuring_worker(options: dict[str, Any]) -> dict[str, Any]:
     }
     path = config.run_folder / "speeds.json"
     path.write_text(json.dumps(speeds))
-    return {"images_per_second": None}
+    return {"speed": None}
 
 
 def alternate(
@@ -212,7 +213,7 @@ def measure_steps(name: str, block: int, overrides: list[str], folder: Path) -> 
     ).resolved()
     manifest = ensure_prepared(config.data, cluster.map_tasks)
     config.run_folder.mkdir(parents=True, exist_ok=True)
-    train(config, None, worker=measuring_worker)
+    train(config, measuring_worker, None)
     speeds = json.loads((config.run_folder / "speeds.json").read_text())
     stack, cp = speeds["stack"], speeds["cp"]
     parameters = sum(p.numel() for p in random_network(config, manifest).parameters())

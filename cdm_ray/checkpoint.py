@@ -48,7 +48,7 @@ class TrainingState:
 
     step: int
     """Training steps done, skipped ones included."""
-    images_seen: int
+    samples_seen: int
     optimizer_steps: int
     """Updates applied: `step` less the skipped steps."""
 

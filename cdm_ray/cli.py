@@ -5,12 +5,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cdm_ray.checkpoint import CONFIG_FILE, Checkpoint, open_newest
-from cdm_ray.config import ImageConfig, Section, describe, load_config, recipe_names
+from cdm_ray.config import (
+    JobConfig,
+    Section,
+    describe,
+    load_config,
+    recipe_fields,
+    recipe_names,
+)
 from cdm_ray.errors import ConfigError, RunFailed
 
 C = TypeVar("C", bound=Section)
@@ -31,10 +38,10 @@ def run_job(
     on stderr.
     """
     what = (
-        f"a recipe ({', '.join(recipe_names())}) or a YAML file (default: "
+        f"a recipe ({', '.join(recipe_names(root))}) or a YAML file (default: "
         f"{default_recipe or 'the defaults below'})"
     )
-    parser = _parser(root, "RECIPE", what, description, examples)
+    parser = _parser([root], "RECIPE", what, description, examples)
     options = parser.parse_intermixed_args(arguments)
     recipe, overrides = _split(options.words)
     return _exit_code(
@@ -42,18 +49,22 @@ def run_job(
     )
 
 
+CheckpointMain = Callable[[Any, Checkpoint, bool], None]
+
+
 def run_checkpoint_job(
-    main: Callable[[ImageConfig, Checkpoint, bool], None],
+    mains: Mapping[type[JobConfig], CheckpointMain],
     *,
     description: str | None,
     examples: str,
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """As `run_job`, for `main(config, checkpoint, dry_run)`: the first word is a checkpoint, or a
-    run's folder for its newest one, and the configuration is the checkpoint's own with the
-    overrides."""
+    """As `run_job`, for `main(config, checkpoint, dry_run)`, one for each kind of run that the job
+    takes: the first word is a checkpoint, or a run's folder for its newest one, and the
+    configuration is the checkpoint's own with the overrides, which may not change what it learned.
+    """
     what = "a checkpoint's folder, or a run's folder for its newest checkpoint"
-    parser = _parser(ImageConfig, "CHECKPOINT", what, description, examples)
+    parser = _parser(list(mains), "CHECKPOINT", what, description, examples)
     options = parser.parse_intermixed_args(arguments)
     folder, overrides = _split(options.words)
 
@@ -61,10 +72,38 @@ def run_checkpoint_job(
         if folder is None:
             raise ConfigError(f"no checkpoint given; the first word has to be {what}")
         checkpoint = open_newest(Path(folder))
-        config = load_config(ImageConfig, str(checkpoint.folder / CONFIG_FILE), overrides)
-        main(config, checkpoint, options.dry_run)
+        root = _kind_of_run(checkpoint, list(mains))
+        file = str(checkpoint.folder / CONFIG_FILE)
+        config = load_config(root, file, overrides)
+        _check_unchanged(checkpoint, load_config(root, file), config)
+        mains[root](config, checkpoint, options.dry_run)
 
     return _exit_code(call)
+
+
+def _kind_of_run(checkpoint: Checkpoint, roots: Sequence[type[JobConfig]]) -> type[JobConfig]:
+    fields = recipe_fields(str(checkpoint.folder / CONFIG_FILE))
+    for root in roots:
+        if fields <= set(root.model_fields):
+            return root
+    raise ConfigError(
+        f"{checkpoint.folder}: not a checkpoint that this job takes; it is for those of "
+        f"{' and '.join(root.JOB for root in roots)}"
+    )
+
+
+def _check_unchanged(checkpoint: Checkpoint, trained: JobConfig, config: JobConfig) -> None:
+    before = trained.learned()
+    changed = [
+        f"{key} was {before[key]}, is {value}"
+        for key, value in config.learned().items()
+        if value != before[key]
+    ]
+    if changed:
+        raise ConfigError(
+            f"{checkpoint.folder}: what was learned cannot be changed afterwards "
+            f"({'; '.join(changed)}); leave that out"
+        )
 
 
 def _exit_code(call: Callable[[], None]) -> int:
@@ -80,12 +119,12 @@ def _exit_code(call: Callable[[], None]) -> int:
 
 
 def _parser(
-    root: type[Section], subject: str, what: str, description: str | None, examples: str
+    roots: Sequence[type[Section]], subject: str, what: str, description: str | None, examples: str
 ) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=description,
-        epilog=_epilog(root, examples),
+        epilog=_epilog(roots, examples),
     )
     parser.add_argument(
         "words",
@@ -106,10 +145,12 @@ def _split(words: Sequence[str]) -> tuple[str | None, list[str]]:
     return None, list(words)
 
 
-def _epilog(root: type[Section], examples: str) -> str:
+def _epilog(roots: Sequence[type[Section]], examples: str) -> str:
     lines = ["examples:"]
     lines += [f"  {line}" for line in examples.strip().splitlines()]
-    lines += ["", "fields (section.field = default):"]
-    for key, default, text in describe(root):
-        lines += [f"  {key} = {default}", f"      {text}"]
+    for root in roots:
+        of = f" of a run of {root.JOB}" if issubclass(root, JobConfig) and len(roots) > 1 else ""
+        lines += ["", f"fields{of} (section.field = default):"]
+        for key, default, text in describe(root):
+            lines += [f"  {key} = {default}", f"      {text}"]
     return "\n".join(lines)

@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cdm_ray.checkpoint import CONFIG_FILE, EMA, Checkpoint
-from cdm_ray.config import NOT_LEARNED, ImageConfig, flatten, load_config
-from cdm_ray.errors import ConfigError
+from cdm_ray.config import ImageConfig
 from cdm_ray.model_card import model_card
 from cdm_ray.networks.exported import rebuild
 from cdm_ray.networks.published import EXPORT_KEY
@@ -34,10 +33,8 @@ def export_folder(checkpoint: Checkpoint) -> Path:
 def export(config: ImageConfig, checkpoint: Checkpoint) -> Path:
     """Write the export of a checkpoint and return its folder; an older one is replaced.
 
-    `config` is the checkpoint's, but for what the training did not depend on. Raises ConfigError
-    when it is not.
+    `config` is the checkpoint's, but for what the training did not depend on.
     """
-    _check_unchanged(config, checkpoint)
     tensors = checkpoint.tensors(EMA)
     arguments = network_arguments(config, tensors)
     rebuild(arguments, tensors, str(checkpoint.folder))  # refuses what could not be loaded again
@@ -68,17 +65,3 @@ def network_arguments(config: ImageConfig, tensors: dict[str, Tensor]) -> dict[s
 
 def _inputs(tensors: dict[str, Tensor], layer: str) -> int:
     return tensors[layer].shape[1] if layer in tensors else 0
-
-
-def _check_unchanged(config: ImageConfig, checkpoint: Checkpoint) -> None:
-    trained = flatten(load_config(ImageConfig, str(checkpoint.folder / CONFIG_FILE)))
-    changed = [
-        f"{key} was {trained[key]}, is {value}"
-        for key, value in flatten(config).items()
-        if value != trained[key] and not key.startswith(NOT_LEARNED)
-    ]
-    if changed:
-        raise ConfigError(
-            f"{checkpoint.folder}: an export cannot change what was trained "
-            f"({'; '.join(changed)}); leave that out"
-        )

@@ -67,7 +67,7 @@ def _training(config: ImageConfig, checkpoint: Checkpoint) -> str:
     state, cp = checkpoint.state, config.cp
     rows = {
         "recipe": config.recipe,
-        "training images": f"{state.images_seen:,} (step {state.step:,})",
+        "training images": f"{state.samples_seen:,} (step {state.step:,})",
         "objective": "denoising score matching"
         + (f" + {cp.weight:g} x Consistency Property" if cp.weight else ""),
         "batch, learning rate": f"{config.train.batch}, {config.optimizer.lr:g}",

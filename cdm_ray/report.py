@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cdm_ray.config import ImageConfig, to_yaml
+from cdm_ray.config import ImageConfig, RayConfig, to_yaml
 from cdm_ray.errors import ConfigError
 from cdm_ray.objectives.cp import forward_units
 
@@ -45,12 +45,11 @@ class RunSummary:
 
 def print_plan(config: ImageConfig) -> None:
     """The resolved configuration, the resources and the cost of a run."""
-    ray, train = config.ray, config.train
-    gpu = {"auto": "a GPU each if the cluster has them", True: "a GPU each", False: "no GPU"}
+    train = config.train
     units = forward_units(config.cp)
     print(to_yaml(config), end="")
     print(f"\nrun        {config.run_folder}")
-    print(f"resources  {ray.workers} workers, {ray.cpus_per_worker:g} CPU and {gpu[ray.use_gpu]}")
+    print(resources_line(config.ray))
     print(
         f"cost       {config.steps} steps of {train.batch} images "
         f"({config.lane_batch} in each of {config.data.lanes} lanes); {units:g} forward passes "
@@ -58,10 +57,17 @@ def print_plan(config: ImageConfig) -> None:
     )
 
 
+def resources_line(ray: RayConfig) -> str:
+    """What a run asks of the cluster."""
+    gpu = {"auto": "a GPU each if the cluster has them", True: "a GPU each", False: "no GPU"}
+    workers = f"{ray.workers} worker{'s' if ray.workers > 1 else ''}"
+    return f"resources  {workers}, {ray.cpus_per_worker:g} CPU and {gpu[ray.use_gpu]}"
+
+
 def finished_runs(storage: Path, recipe: str) -> list[Path]:
     """Folders of the finished runs of a recipe; raises ConfigError if there is none."""
-    found = sorted(path.parent for path in storage.glob(f"*/{RESULTS_FILE}"))
-    folders = [folder for folder in found if RunSummary.load(folder).recipe == recipe]
+    found = sorted(storage.glob(f"*/{RESULTS_FILE}"))
+    folders = [p.parent for p in found if json.loads(p.read_text())["recipe"] == recipe]
     if not folders:
         raise ConfigError(
             f"run.storage={storage}: no finished run of recipe {recipe}; "

@@ -30,4 +30,4 @@ def main(config: ImageConfig, checkpoint: Checkpoint, dry_run: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_checkpoint_job(main, description=__doc__, examples=EXAMPLES))
+    sys.exit(run_checkpoint_job({ImageConfig: main}, description=__doc__, examples=EXAMPLES))

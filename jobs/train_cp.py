@@ -6,7 +6,7 @@ from cdm_ray import cluster
 from cdm_ray.cli import run_job
 from cdm_ray.config import ImageConfig
 from cdm_ray.report import print_plan, print_results
-from cdm_ray.training.launch import run_images
+from cdm_ray.training.image_run import run_images
 
 EXAMPLES = """
 python jobs/train_cp.py                                       the digits recipe

@@ -17,7 +17,7 @@ from cdm_ray.checkpoint import (
 from cdm_ray.config import to_yaml
 
 
-def make_checkpoint(run_folder, config, tensors, *, step=7, images_seen=896):
+def make_checkpoint(run_folder, config, tensors, *, step=7, samples_seen=896):
     """A sound checkpoint whose averaged weights are `tensors`, and all others 0."""
     folder = run_folder / CHECKPOINTS / f"step-{step:08d}"
     folder.mkdir(parents=True)
@@ -27,7 +27,7 @@ def make_checkpoint(run_folder, config, tensors, *, step=7, images_seen=896):
     (folder / CONFIG_FILE).write_text(to_yaml(config))
     content = {
         "schema": SCHEMA_VERSION,
-        "state": {"step": step, "images_seen": images_seen, "optimizer_steps": step},
+        "state": {"step": step, "samples_seen": samples_seen, "optimizer_steps": step},
         "sha256": {path.name: sha256_of(path) for path in folder.iterdir()},
     }
     content["digest"] = digest_of(content)

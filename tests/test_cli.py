@@ -1,7 +1,7 @@
 import pytest
 
 from cdm_ray.cli import run_checkpoint_job, run_job
-from cdm_ray.config import ImageConfig, load_config
+from cdm_ray.config import BridgeConfig, ImageConfig, load_config
 from cdm_ray.errors import ConfigError, RunFailed
 from tests.checkpoints import make_checkpoint
 
@@ -56,7 +56,7 @@ def test_help_shows_recipes_examples_and_every_field(capsys):
 def call_with_checkpoint(arguments):
     seen = []
     code = run_checkpoint_job(
-        lambda config, checkpoint, dry_run: seen.append((config, checkpoint)),
+        {ImageConfig: lambda config, checkpoint, dry_run: seen.append((config, checkpoint))},
         description="Evaluates.",
         examples="python job.py runs/mine",
         arguments=arguments,
@@ -81,3 +81,15 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, capsys):
     assert f"{tmp_path}: neither a checkpoint nor the folder of a run" in capsys.readouterr().err
     assert call_with_checkpoint(["eval.images=7"]) == (2, [])
     assert "no checkpoint given" in capsys.readouterr().err
+
+
+def test_what_a_checkpoint_has_learned_cannot_be_overridden(tmp_path, capsys):
+    make_checkpoint(tmp_path, load_config(ImageConfig, "digits"), {})
+    assert call_with_checkpoint([str(tmp_path), "dsm.p_mean=-1"]) == (2, [])
+    assert "(dsm.p_mean was -1.2, is -1.0); leave that out" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_kind_of_run_is_refused(tmp_path, capsys):
+    make_checkpoint(tmp_path, load_config(BridgeConfig, None), {})
+    assert call_with_checkpoint([str(tmp_path)]) == (2, [])
+    assert "not a checkpoint that this job takes; it is for those of" in capsys.readouterr().err

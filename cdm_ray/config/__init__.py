@@ -1,9 +1,10 @@
 """Typed run configuration: pydantic models, YAML recipes, `section.field=value` overrides."""
 
 from cdm_ray.config.base import Section
+from cdm_ray.config.bridges import BridgeConfig
 from cdm_ray.config.common import (
     CheckpointConfig,
-    EMAConfig,
+    JobConfig,
     OptimizerConfig,
     RayConfig,
     RunConfig,
@@ -11,11 +12,11 @@ from cdm_ray.config.common import (
     TrainConfig,
 )
 from cdm_ray.config.images import (
-    NOT_LEARNED,
     AugmentConfig,
     CPConfig,
     DataConfig,
     DSMConfig,
+    EMAConfig,
     EvalConfig,
     ImageConfig,
     NetworkConfig,
@@ -26,13 +27,14 @@ from cdm_ray.config.loading import (
     describe,
     flatten,
     load_config,
+    recipe_fields,
     recipe_names,
     to_yaml,
 )
 
 __all__ = [
-    "NOT_LEARNED",
     "AugmentConfig",
+    "BridgeConfig",
     "CPConfig",
     "CheckpointConfig",
     "DSMConfig",
@@ -40,6 +42,7 @@ __all__ = [
     "EMAConfig",
     "EvalConfig",
     "ImageConfig",
+    "JobConfig",
     "NetworkConfig",
     "OptimizerConfig",
     "RayConfig",
@@ -52,6 +55,7 @@ __all__ = [
     "describe",
     "flatten",
     "load_config",
+    "recipe_fields",
     "recipe_names",
     "to_yaml",
 ]

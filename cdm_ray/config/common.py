@@ -1,13 +1,18 @@
-"""Sections that every kind of run has."""
+"""What the configurations of all kinds of runs share."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from typing import Annotated, Literal
+from abc import abstractmethod
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator
 
-from cdm_ray.config.base import Count, NonNegative, Positive, PositiveCount, Section
+from cdm_ray.config.base import Positive, Section
+from cdm_ray.config.loading import flatten
 
 
 class RunConfig(Section):
@@ -28,12 +33,6 @@ class RunConfig(Section):
 
 
 class TrainConfig(Section):
-    images: PositiveCount = 200_000_000
-    """Training images until the end, repeats counted."""
-    batch: PositiveCount = 256
-    """Global batch over all workers."""
-    micro_batch: PositiveCount | None = None
-    """Most images that a worker puts through the network at once; None: its whole share."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on GPUs, fp32 on CPUs. Master weights are fp32 always."""
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -46,9 +45,7 @@ class TrainConfig(Section):
 
 class OptimizerConfig(Section):
     lr: Positive = 1e-3
-    """Adam learning rate after the ramp."""
-    rampup_images: Count = 10_000_000
-    """The learning rate grows linearly from 0 over this many images."""
+    """Largest learning rate of Adam."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
         0.9,
         0.999,
@@ -60,16 +57,7 @@ class OptimizerConfig(Section):
     """Largest global gradient norm; None: no clipping, as in EDM."""
 
 
-class EMAConfig(Section):
-    halflife_images: PositiveCount = 500_000
-    """Half-life of the weight average in images."""
-    rampup_ratio: NonNegative = 0.05
-    """The half-life is at most this share of the images seen so far."""
-
-
 class CheckpointConfig(Section):
-    every_images: PositiveCount = 1_000_000
-    """Training images between two checkpoints; one more is written at the end."""
     keep_last: Annotated[int, Field(ge=1)] = 2
     """Newest checkpoints that are kept."""
 
@@ -92,3 +80,76 @@ class TrackingConfig(Section):
     """MLflow tracking server; None: MLFLOW_TRACKING_URI, else sqlite in `run.storage`."""
     experiment: str = "cdm_ray"
     """MLflow experiment."""
+
+
+class JobConfig(Section):
+    """Configuration of a training run, whatever it trains."""
+
+    JOB: ClassVar[str]
+    """The job that trains it."""
+    RECIPES: ClassVar[str]
+    """Folder of its recipes in `cdm_ray/recipes`, empty for that itself."""
+    NOT_LEARNED: ClassVar[tuple[str, ...]]
+    """Sections and fields that change how a run is carried out or judged, not what it learns: they
+    are no part of its identity, and may differ when a run is continued."""
+
+    recipe: str = "custom"
+    """Name of the recipe that the run started from."""
+    run: RunConfig = RunConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    ray: RayConfig = RayConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+
+    @property
+    @abstractmethod
+    def checkpoint_steps(self) -> int:
+        """Optimizer steps between two checkpoints."""
+
+    @property
+    @abstractmethod
+    def evaluation_steps(self) -> range:
+        """Steps after which the averaged weights are evaluated while training goes on; the last
+        step has its evaluation anyway."""
+
+    @property
+    @abstractmethod
+    def length_field(self) -> str | None:
+        """The field that says how long it trains, if a run may be continued to another length:
+        not where its course depends on the length."""
+
+    @property
+    def run_name(self) -> str:
+        """`run.name`, or the recipe and a digest of everything that changes the result."""
+        if self.run.name is not None:
+            return self.run.name
+        identity = self.learned()
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        return f"{self.recipe}-{digest[:8]}"
+
+    @property
+    def run_folder(self) -> Path:
+        """Folder of this run, absolute."""
+        return Path(self.run.storage).absolute() / self.run_name
+
+    def learned(self) -> dict[str, Any]:
+        """`section.field` and value of everything that changes what the run learns."""
+        return {k: v for k, v in flatten(self).items() if not k.startswith(self.NOT_LEARNED)}
+
+    def resolved(self) -> Self:
+        """The same with the run's name fixed and every local path absolute, so that a worker with
+        another working directory reads it alike."""
+        values = self.model_dump()
+        values["run"] |= {"name": self.run_name, "storage": absolute(self.run.storage)}
+        return type(self).model_validate(values)
+
+
+def absolute(path: str) -> str:
+    """A local path made absolute; a URL as it is."""
+    return path if "://" in path else str(Path(path).absolute())

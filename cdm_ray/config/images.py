@@ -6,25 +6,19 @@ combination that cannot work is refused here, before any worker starts.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from cdm_ray.config.base import Count, Fraction, NonNegative, Positive, PositiveCount, Section
 from cdm_ray.config.common import (
     CheckpointConfig,
-    EMAConfig,
+    JobConfig,
     OptimizerConfig,
-    RayConfig,
-    RunConfig,
-    TrackingConfig,
     TrainConfig,
+    absolute,
 )
-from cdm_ray.config.loading import flatten
 
 AUGMENT_DIM = 9
 """Labels that EDM's augmentation pipe gives an image."""
@@ -227,45 +221,65 @@ class EvalConfig(Section):
     """Noise levels of the drift curves."""
 
 
-NOT_LEARNED = (
-    "ray.",
-    "tracking.",
-    "checkpoint.",
-    "eval.",
-    "sampler.",
-    "run.storage",
-    "data.path",
-    "data.source",
-    "data.decode_threads",
-    "data.prefetch",
-    "train.micro_batch",
-    "train.zero_stage",
-    "train.log_every",
-    "network.activation_checkpointing",
-)
-"""Sections and fields that change how a run is carried out or judged, not what it learns: they are
-no part of its identity, and may differ when a run is continued."""
+class ImageTrainConfig(TrainConfig):
+    images: PositiveCount = 200_000_000
+    """Training images until the end, repeats counted."""
+    batch: PositiveCount = 256
+    """Global batch over all workers."""
+    micro_batch: PositiveCount | None = None
+    """Most images that a worker puts through the network at once; None: its whole share."""
 
 
-class ImageConfig(Section):
+class ImageOptimizerConfig(OptimizerConfig):
+    rampup_images: Count = 10_000_000
+    """The learning rate grows linearly from 0 over this many images."""
+
+
+class EMAConfig(Section):
+    halflife_images: PositiveCount = 500_000
+    """Half-life of the weight average in images."""
+    rampup_ratio: NonNegative = 0.05
+    """The half-life is at most this share of the images seen so far."""
+
+
+class ImageCheckpointConfig(CheckpointConfig):
+    every_images: PositiveCount = 1_000_000
+    """Training images between two checkpoints; one more is written at the end."""
+
+
+class ImageConfig(JobConfig):
     """Configuration of an image diffusion run (`jobs/train_cp.py`)."""
 
-    recipe: str = "custom"
-    """Name of the recipe that the run started from."""
-    run: RunConfig = RunConfig()
+    JOB: ClassVar[str] = "jobs/train_cp.py"
+    RECIPES: ClassVar[str] = ""
+    NOT_LEARNED: ClassVar[tuple[str, ...]] = (
+        "ray.",
+        "tracking.",
+        "checkpoint.",
+        "eval.",
+        "sampler.",
+        "run.storage",
+        "data.path",
+        "data.source",
+        "data.decode_threads",
+        "data.prefetch",
+        "train.micro_batch",
+        "train.zero_stage",
+        "train.log_every",
+        "network.activation_checkpointing",
+    )
+
     data: DataConfig = DataConfig()
     network: NetworkConfig = NetworkConfig()
     augment: AugmentConfig = AugmentConfig()
     dsm: DSMConfig = DSMConfig()
     cp: CPConfig = CPConfig()
-    train: TrainConfig = TrainConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    train: ImageTrainConfig = ImageTrainConfig()
+    optimizer: ImageOptimizerConfig = ImageOptimizerConfig()
     ema: EMAConfig = EMAConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: ImageCheckpointConfig = ImageCheckpointConfig()
     sampler: SamplerConfig = SamplerConfig()
     eval: EvalConfig = EvalConfig()
-    ray: RayConfig = RayConfig()
-    tracking: TrackingConfig = TrackingConfig()
 
     @property
     def lane_batch(self) -> int:
@@ -274,13 +288,18 @@ class ImageConfig(Section):
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
         return math.ceil(self.train.images / self.train.batch)
 
     @property
+    def checkpoint_steps(self) -> int:
+        return max(1, round(self.checkpoint.every_images / self.train.batch))
+
+    @property
+    def length_field(self) -> str | None:
+        return "train.images"
+
+    @property
     def evaluation_steps(self) -> range:
-        """Steps after which the averaged weights are evaluated while training goes on; the last
-        step has its evaluation anyway."""
         if self.eval.every_kimg is None:
             return range(0)
         every = max(1, round(self.eval.every_kimg * 1000 / self.train.batch))
@@ -291,33 +310,16 @@ class ImageConfig(Section):
         """Width of the augmentation labels that the network takes."""
         return AUGMENT_DIM if self.augment.p > 0 else 0
 
-    @property
-    def run_name(self) -> str:
-        """`run.name`, or the recipe and a digest of everything that changes the result."""
-        if self.run.name is not None:
-            return self.run.name
-        identity = {k: v for k, v in flatten(self).items() if not k.startswith(NOT_LEARNED)}
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        return f"{self.recipe}-{digest[:8]}"
-
-    @property
-    def run_folder(self) -> Path:
-        """Folder of this run, absolute."""
-        return Path(self.run.storage).absolute() / self.run_name
-
     def resolved(self) -> Self:
-        """The same with the run's name fixed and every local path absolute, so that a worker with
-        another working directory reads it alike."""
-        values = self.model_dump()
-        values["run"] |= {"name": self.run_name, "storage": _absolute(self.run.storage)}
-        values["data"]["path"] = _absolute(self.data.path)
+        values = super().resolved().model_dump()
+        values["data"]["path"] = absolute(self.data.path)
         for section, key in (
             ("network", "init"),
             ("eval", "extractor_file"),
             ("eval", "reference"),
         ):
             if values[section][key] is not None:
-                values[section][key] = _absolute(values[section][key])
+                values[section][key] = absolute(values[section][key])
         return type(self).model_validate(values)
 
     @model_validator(mode="after")
@@ -386,7 +388,3 @@ class ImageConfig(Section):
                 f"cp.fraction={cp.fraction} of the {self.lane_batch} images that a lane has in "
                 f"a batch is not whole; use a multiple of 1/{self.lane_batch}"
             )
-
-
-def _absolute(path: str) -> str:
-    return path if "://" in path else str(Path(path).absolute())

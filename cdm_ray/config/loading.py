@@ -22,9 +22,9 @@ C = TypeVar("C", bound=Section)
 _PARTS = "parts"
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the package."""
-    return _names_in(_package())
+def recipe_names(root: type[Section]) -> list[str]:
+    """Names of the recipes for `root` that ship with the package."""
+    return _names_in(_recipes(root))
 
 
 def part_names() -> list[str]:
@@ -33,7 +33,7 @@ def part_names() -> list[str]:
 
 
 def load_config(root: type[C], recipe: str | None, overrides: Sequence[str] = ()) -> C:
-    """Recipe (a name of `recipe_names()`, a YAML file, or None for the defaults) with overrides.
+    """Recipe (one of `recipe_names(root)`, a YAML file, or None for the defaults) with overrides.
 
     A recipe that `extends` another, or several from left to right, starts from their fields; they
     are named as recipes of the package, parts included, or as files relative to its own. Their
@@ -43,11 +43,16 @@ def load_config(root: type[C], recipe: str | None, overrides: Sequence[str] = ()
     """
     values: dict[str, Any] = {}
     if recipe is not None:
-        values = _read_recipe(recipe, recipe_names())
+        values = _read_recipe(root, recipe, recipe_names(root))
         values.setdefault("recipe", Path(recipe).stem if _is_file(recipe) else recipe)
     for override in overrides:
         _apply_override(values, override)
     return build_config(root, values)
+
+
+def recipe_fields(file: str) -> set[str]:
+    """Sections and fields at the top of a YAML file."""
+    return set(_parse(file, Path(file).read_text()))
 
 
 def build_config(root: type[C], values: dict[str, Any]) -> C:
@@ -90,6 +95,12 @@ def _package() -> Traversable:
     return resources.files("cdm_ray.recipes")
 
 
+def _recipes(root: type[Section]) -> Traversable:
+    """Folder of the recipes of one kind of run."""
+    folder = getattr(root, "RECIPES", "")
+    return _package().joinpath(folder) if folder else _package()
+
+
 def _names_in(folder: Traversable) -> list[str]:
     return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
@@ -100,26 +111,29 @@ def _is_file(recipe: str) -> bool:
 
 
 def _read_recipe(
-    recipe: str, known: Sequence[str], extended_by: tuple[str, ...] = ()
+    root: type[Section], recipe: str, known: Sequence[str], extended_by: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """Fields of a recipe over those of the recipes that it extends; names are among `known`."""
-    values = _parse(recipe, _text(recipe, known, extended_by))
+    values = _parse(recipe, _text(root, recipe, known, extended_by))
     merged: dict[str, Any] = {}
     for base in _bases(recipe, values.pop("extends", [])):
         chain = (*extended_by, recipe)
         if _identity(base) in map(_identity, chain):
             raise ConfigError(f"recipe {chain[0]}: extends itself: {' -> '.join((*chain, base))}")
-        fields = _read_recipe(base, [*recipe_names(), *part_names()], chain)
+        fields = _read_recipe(root, base, [*recipe_names(root), *part_names()], chain)
         fields.pop("recipe", None)  # a run is called after the recipe that was asked for
         merged = _merge(merged, fields)
     return _merge(merged, values)
 
 
-def _text(recipe: str, known: Sequence[str], extended_by: tuple[str, ...]) -> str:
+def _text(
+    root: type[Section], recipe: str, known: Sequence[str], extended_by: tuple[str, ...]
+) -> str:
     by = f", which {extended_by[-1]} extends" if extended_by else ""
     if not _is_file(recipe):
         if recipe in known:
-            return _package().joinpath(f"{recipe}.yaml").read_text()
+            folder = _package() if recipe.startswith(f"{_PARTS}/") else _recipes(root)
+            return folder.joinpath(f"{recipe}.yaml").read_text()
         near = difflib.get_close_matches(recipe, known, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(

@@ -24,10 +24,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cdm_ray.config import ImageConfig, SamplerConfig
+from cdm_ray.evaluation.estimate import Array, Estimate
 from cdm_ray.evaluation.generate import (
     KINDS,
     Kind,
@@ -55,7 +55,6 @@ _STREAM = {"data": 2, "sde": 3}
 
 Source = Kind | Literal["data"]
 SOURCES: tuple[Source, ...] = ("ode", "sde", "data")
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -68,29 +67,6 @@ class DriftPart:
 
     residuals: dict[int, Array] = field(default_factory=dict)
     norms: dict[Kind, Array] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Mean over `count` images and its standard error, numbers or arrays over the levels."""
-
-    mean: Array
-    error: Array
-    count: int
-
-    @classmethod
-    def of(cls, values: Array) -> Estimate:
-        """Over the first axis."""
-        error = values.std(axis=0, ddof=1) / np.sqrt(len(values))
-        return cls(values.mean(axis=0), error, len(values))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain lists and numbers."""
-        return {
-            "mean": self.mean.tolist(),
-            "standard_error": self.error.tolist(),
-            "images": self.count,
-        }
 
 
 @dataclass(frozen=True)
@@ -118,12 +94,12 @@ class Drift:
         return {
             "sigmas": {kind: sigmas.tolist() for kind, sigmas in self.sigmas.items()},
             "cp_residual_per_dimension": {
-                f"{source} states, {steps} steps": Estimate.of(values).to_json()
+                f"{source} states, {steps} steps": Estimate.of(values).to_json("images")
                 for source, part in self.parts.items()
                 for steps, values in part.residuals.items()
             },
             "predicted_noise_norm": {
-                f"{source} states, {kind} levels": Estimate.of(values).to_json()
+                f"{source} states, {kind} levels": Estimate.of(values).to_json("images")
                 for source, part in self.parts.items()
                 for kind, values in part.norms.items()
             },

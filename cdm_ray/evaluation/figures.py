@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from cdm_ray.evaluation.drift import STEP_COUNTS, Drift, Estimate, Source
+from cdm_ray.evaluation.drift import STEP_COUNTS, Drift, Source
+from cdm_ray.evaluation.estimate import Estimate
 from cdm_ray.evaluation.generate import Kind
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"

@@ -27,8 +27,8 @@ FREQUENCIES = 8
 """Waves of t / horizon that the network sees; the fastest has a period of a quarter."""
 FIRST_OUTPUT = 0.01
 """Shrinks the last layer at initialisation, so that the field starts near 0."""
-NEAREST = 1e-3
-"""Time left to the end of which the guide divides by no less."""
+NEAREST = 1e-4
+"""Share of the horizon: the least time left that the guide divides by."""
 
 
 class ControlNetwork(torch.nn.Module):
@@ -114,8 +114,9 @@ class BridgeControl(torch.nn.Module):
 
     drift_theta = drift_coefficient b(x) + guide + coefficient sigma NN(x, t)
 
-    guide "brownian" is (end - x) / max(horizon - t, `nearest`), the exact bridge of b = 0;
-    coefficient "sqrt" is sqrt(horizon - t). `drift_coefficient` may be changed during training.
+    guide "brownian" is (end - x) / (horizon - t), the exact bridge of b = 0; coefficient "sqrt" is
+    sqrt(horizon - t). `tolerance` may be set to the standard deviation to which the end is known:
+    the guide is then (end - x) / (horizon - t + tolerance^2 / sigma^2).
     In d >= 2 the score is a gradient only if NN is, and if b is too or drift_coefficient is 1.
 
     States x are [N, d], times t [N] or 0-dim.
@@ -133,7 +134,6 @@ class BridgeControl(torch.nn.Module):
         drift_coefficient: float = 1.0,
         guide: Guide = "brownian",
         coefficient: Coefficient = "one",
-        nearest: float = NEAREST,
     ) -> None:
         super().__init__()
         if end.shape != (process.dim,):
@@ -146,7 +146,7 @@ class BridgeControl(torch.nn.Module):
         if coefficient not in ("one", "sqrt"):
             raise ConfigError(f"coefficient={coefficient}; use one or sqrt")
         self.network, self.process, self.horizon = network, process, horizon
-        self.drift_coefficient, self.nearest = drift_coefficient, nearest
+        self.drift_coefficient, self.tolerance = drift_coefficient, 0.0
         self.guide, self.coefficient = guide, coefficient
         self.register_buffer("end", end.detach().clone())
 
@@ -182,7 +182,10 @@ class BridgeControl(torch.nn.Module):
     def _guide(self, x: Tensor, t: Tensor) -> Tensor | None:
         if self.guide == "none":
             return None
-        left = (self.horizon - t).clamp(min=self.nearest).to(x.dtype).reshape(-1, 1)
+        left = (self.horizon - t).clamp(min=NEAREST * self.horizon).to(x.dtype).reshape(-1, 1)
+        if self.tolerance:
+            sigma = self.process.sigma(t).to(x.dtype).reshape(-1, 1)
+            left = left + (self.tolerance / sigma) ** 2
         return (self.end - x) / left
 
     def _learned(self, x: Tensor, t: Tensor) -> Tensor:

@@ -53,6 +53,8 @@ class ControlConsistency:
     steps later, or the end's."""
     decay: float = 0.9
     window: int = 20
+    tolerance: float = 0.0
+    """Standard deviation to which the end is known."""
     variate: Variate = "none"
     """Subtracts grad g(X_k, t_{k+1}) n_k from what P_k moves: n_k is sigma dB_k for "noise", of
     mean 0; dX_k - (b + a g) dt for "innovation", the same on paths that the scores drove
@@ -129,9 +131,11 @@ class ControlConsistency:
         return result
 
     def anchor(self, paths: Paths) -> Tensor:
-        """The score at X_{K-1} that leads an Euler step from there to the end, [N, d]."""
-        x, sigma = paths.states[-2], self._sigma(paths)[-1]
-        return ((self.end.to(x) - x) / paths.steps[-1] - self.process.drift(x)) / sigma**2
+        """grad log N(end; X + b dt, sigma^2 dt + tolerance^2) at X_{K-1}, [N, d], but for the
+        gradient of b: it leads an Euler step from there to the end."""
+        x, sigma, dt = paths.states[-2], self._sigma(paths)[-1], paths.steps[-1]
+        miss = self.end.to(x) - x - self.process.drift(x) * dt
+        return miss / (sigma**2 * dt + self.tolerance**2)
 
     def loss(self, score: Field, paths: Paths, targets: Tensor, pairs: Tensor) -> Tensor:
         """|g_theta - F|^2 of the given pairs, [M]: pair k N + n is path n at time k < K."""

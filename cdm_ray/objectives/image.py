@@ -36,7 +36,7 @@ class ImageObjective:
         )
 
     def __call__(
-        self, model: Any, batch: ImageBatch, rng: BlockRng, images_seen: int
+        self, model: Any, batch: ImageBatch, rng: BlockRng, samples_seen: int
     ) -> dict[str, Term]:
         """Sums over the samples of the batch; a sample's share depends on its lane's numbers only.
 
@@ -63,10 +63,10 @@ class ImageObjective:
             starts = Starts(x, sigma, denoised, batch.class_labels, batch.augment_labels)
             pairs = self.consistency(model, starts, rng)
             # scaled up to the whole batch, whose mean the mean over the pairs estimates
-            terms["cp"] = Term(pairs.sum() * (n / len(pairs)), self._weight(images_seen))
+            terms["cp"] = Term(pairs.sum() * (n / len(pairs)), self._weight(samples_seen))
         return terms
 
-    def _weight(self, images_seen: int) -> float:
+    def _weight(self, samples_seen: int) -> float:
         if self.cp.warmup_images == 0:
             return self.cp.weight
-        return self.cp.weight * min(1.0, images_seen / self.cp.warmup_images)
+        return self.cp.weight * min(1.0, samples_seen / self.cp.warmup_images)

@@ -19,14 +19,14 @@ from cdm_ray.errors import ConfigError
 
 SIGMA_OF_TIME_ONLY = (
     "sigma may depend on time only: where it depends on the state, the consistency identities have "
-    "further terms that are not implemented, and without them what is learned is biased"
+    "further terms that are not implemented, and without them what is learned is biased; transform "
+    "the state so that sigma is constant (Lamperti), as CoxIngersollRoss does"
 )
 
 
 def state_dependent_sigma(what: str) -> ConfigError:
-    """The refusal of a process, named by `what`, whose sigma depends on the state, as that of CIR
-    does."""
-    return ConfigError(f"{what}: {SIGMA_OF_TIME_ONLY}; choose a process with constant sigma")
+    """The refusal of a process, named by `what`, whose sigma depends on the state."""
+    return ConfigError(f"{what}: {SIGMA_OF_TIME_ONLY}")
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,15 @@ class ReferenceProcess(ABC):
         if isinstance(self.noise, Schedule):
             return self.noise(t)
         return torch.full_like(t, self.noise)
+
+    def inside(self, x: Tensor) -> Tensor:
+        """Which states are in the process's domain: [N, d] -> bool [N].
+
+        The domain is all of R^d unless a process says otherwise; states that are not finite are
+        never in it. Outside of it the drift means nothing, whatever its value, and Euler steps can
+        lead there from inside: a simulation has to ask.
+        """
+        return x.isfinite().all(-1)
 
 
 class GradientProcess(ReferenceProcess):
@@ -160,6 +169,64 @@ class DoubleWell(GradientProcess):
 
     def potential(self, x: Tensor) -> Tensor:
         return self.height * (x[..., 0] ** 2 - self.well**2) ** 2
+
+
+class CoxIngersollRoss(GradientProcess):
+    """dX = rate (mean - X) dt + volatility sqrt(X) dB, x > 0, in the states y = 2 sqrt(x) /
+    volatility > 0 of Lamperti's transformation, where sigma = 1:
+
+        dY = [ (order + 1/2) / Y - rate Y / 2 ] dt + dB,  order = 2 rate mean / volatility^2 - 1.
+
+    All that has states has them as y, starts, ends, paths and scores among them; `to_lamperti` and
+    `from_lamperti` convert states. Y never reaches 0, since order >= 0 (Feller's condition), but
+    Euler steps can jump over it: `inside` is y > 0, and beyond it drift and potential are not
+    finite (infinite at 0, NaN below), so that a path that left is NaN from its next state on.
+    Next to 0 the drift is stiff: dt has to be well below y^2 / (order + 1/2).
+
+    Raises ConfigError for parameters that are not positive, or below Feller's condition.
+    """
+
+    def __init__(self, rate: float, mean: float, volatility: float) -> None:
+        super().__init__(1, 1.0)
+        for name, value in (("rate", rate), ("mean", mean), ("volatility", volatility)):
+            _check_positive(name, value)
+        if 2 * rate * mean < volatility**2:
+            raise ConfigError(
+                f"rate={rate}, mean={mean}, volatility={volatility}: 2 rate mean is below "
+                "volatility^2 (Feller's condition), so the process reaches 0, where its bridges "
+                "need a boundary condition; raise rate or mean, or lower volatility"
+            )
+        self.rate, self.mean, self.volatility = rate, mean, volatility
+        self.order = 2 * rate * mean / volatility**2 - 1
+
+    def drift(self, x: Tensor) -> Tensor:
+        inverse = x.rsqrt().square()  # 1/x, but NaN below 0, and its derivative too
+        return (self.order + 0.5) * inverse - self.rate / 2 * x
+
+    def potential(self, x: Tensor) -> Tensor:
+        y = x[..., 0]
+        return self.rate / 4 * y.square() - (self.order + 0.5) * y.log()
+
+    def inside(self, x: Tensor) -> Tensor:
+        return super().inside(x) & (x > 0).all(-1)
+
+    def to_lamperti(self, x: Tensor) -> Tensor:
+        """y = 2 sqrt(x) / volatility, elementwise; raises ConfigError unless x > 0."""
+        return 2 / self.volatility * self._positive("x", x).sqrt()
+
+    def from_lamperti(self, y: Tensor) -> Tensor:
+        """x = (volatility y / 2)^2, elementwise; raises ConfigError unless y > 0."""
+        return (self.volatility / 2 * self._positive("y", y)).square()
+
+    @staticmethod
+    def _positive(name: str, states: Tensor) -> Tensor:
+        bad = states[~(states.isfinite() & (states > 0))]
+        if len(bad):
+            raise ConfigError(
+                f"{name}={bad[0].item()} is no state of a Cox-Ingersoll-Ross process; states have "
+                "to be positive"
+            )
+        return states
 
 
 class Cell(ReferenceProcess):

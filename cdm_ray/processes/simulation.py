@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from cdm_ray.errors import RunFailed
 from cdm_ray.processes.references import ReferenceProcess
 from cdm_ray.processes.rollout import Field, path
 
@@ -63,3 +64,23 @@ def simulate(
 
 def _step(x: Tensor, drift: Tensor, t: Tensor, t_next: Tensor, kick: Tensor) -> Tensor:
     return x + drift * (t_next - t) + kick
+
+
+def check_paths(paths: Paths, process: ReferenceProcess, what: str) -> None:
+    """Raise RunFailed if states of the paths are not finite or not inside of the process's domain;
+    it says where that happened first, after `what`, which says when."""
+    inside = process.inside(paths.states.flatten(0, 1)).reshape(paths.states.shape[:2])
+    if inside.all():
+        return
+    outside = ~inside
+    step = int(outside.any(1).int().argmax())
+    path_number = int(outside[step].int().argmax())
+    before = paths.states[max(step - 1, 0), path_number].tolist()
+    now = paths.states[step, path_number].tolist()
+    t, dt = paths.times[step].item(), paths.steps[max(step - 1, 0)].item()
+    sigma = process.sigma(paths.times[max(step - 1, 0)]).item()
+    raise RunFailed(
+        f"{what}: a path left the domain of its process at step {step} of {len(paths.times) - 1} "
+        f"(t={t:g}): from {before} to {now}, with sigma={sigma:g} and dt={dt:g}; raise the number "
+        "of time steps, or lower optimizer.lr or sigma"
+    )

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cdm_ray.config import ImageConfig, flatten
+from cdm_ray.config import JobConfig, flatten
 from cdm_ray.errors import ConfigError
 from cdm_ray.tracking.server import (
     RunHandle,
@@ -50,7 +50,7 @@ MAX_PER_REQUEST = 100
 RESUME_SECONDS, FINISH_SECONDS = 10.0, 60.0
 
 
-def open_run(config: ImageConfig, *, storage: Path, run_name: str, run_folder: Path) -> RunHandle:
+def open_run(config: JobConfig, *, storage: Path, run_name: str, run_folder: Path) -> RunHandle:
     """Start the MLflow run of a run folder, or continue the one that it remembers.
 
     Parameters are the fields of the configuration as `section.field`, tags the git revision and
@@ -207,7 +207,7 @@ def _continued(client: MlflowClient, remembered: dict[str, str] | None) -> Run |
     return run
 
 
-def _describe(client: MlflowClient, run: Run, config: ImageConfig) -> None:
+def _describe(client: MlflowClient, run: Run, config: JobConfig) -> None:
     """Log parameters and tags; of a continued run, only what is new."""
     from mlflow.entities import Param, RunTag
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,13 +28,24 @@ from cdm_ray.checkpoint import (
 )
 from cdm_ray.training.engine import Engine
 
+ExtraTensors = Callable[[], dict[str, dict[str, torch.Tensor]]]
+"""Tensors by name of each further file of a checkpoint that a rank writes by itself; the names of
+the files, which differ between ranks, are without extension."""
+
 
 def write_checkpoint(
-    root: Path, engine: Engine, state: TrainingState, config_yaml: str, *, keep_last: int
+    root: Path,
+    engine: Engine,
+    state: TrainingState,
+    config_yaml: str,
+    *,
+    keep_last: int,
+    extra: dict[str, dict[str, torch.Tensor]] | None = None,
 ) -> Path:
     """Write `root/step-N` and drop older checkpoints beyond `keep_last`. Collective.
 
-    The files are dealt to the ranks; each rank gathers all tensors and keeps those of its files.
+    The files are dealt to the ranks; each rank gathers all tensors and keeps those of its files,
+    and writes its `extra`, see `ExtraTensors`.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     final = root / checkpoint_name(state.step)
@@ -55,6 +67,10 @@ def write_checkpoint(
             path = temporary / f"{kind}.safetensors"
             save_file(tensors | buffers if kind in (WEIGHTS, EMA) else tensors, path)
             digests[path.name] = sha256_of(path)
+    for stem, tensors in (extra or {}).items():
+        path = temporary / f"{stem}.safetensors"
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+        digests[path.name] = sha256_of(path)
     gathered: list[dict[str, str]] = [{}] * world
     dist.all_gather_object(gathered, digests)
     if rank == 0:

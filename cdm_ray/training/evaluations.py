@@ -1,8 +1,8 @@
 """Evaluations of a training run: of its last weights, and of snapshots while it goes on.
 
-At every `eval.every_kimg` the workers leave a snapshot of the averaged weights in the run's folder
-and train on. A thread of the driver finds it there, evaluates it in Ray tasks that take nothing
-from the workers but what their resources leave, and records the numbers at the step they belong to.
+At each of `evaluation_steps` the workers leave a snapshot of the averaged weights in the run's
+folder and train on. A thread of the driver finds it there, evaluates it in Ray tasks that take
+nothing from the workers but what their resources leave, and records the numbers at their step.
 A snapshot that a stopped run left behind is evaluated when the run is continued.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -22,75 +23,34 @@ from torch import Tensor
 from cdm_ray import cluster
 from cdm_ray.checkpoint import checkpoint_name
 from cdm_ray.cluster import TaskResources
-from cdm_ray.config import ImageConfig
-from cdm_ray.data.manifest import Manifest
-from cdm_ray.evaluation.evaluate import evaluate
+from cdm_ray.config import JobConfig
 from cdm_ray.evaluation.launch import EVALUATIONS, evaluation_folder
-from cdm_ray.evaluation.results import EvaluationResult
 from cdm_ray.evaluation.tasks import MapTasks
 from cdm_ray.tracking import RunHandle, Tracker
 
 log = logging.getLogger(__name__)
 
 SNAPSHOT = "ema.safetensors"
+Evaluate = Callable[[dict[str, Tensor], int, MapTasks], dict[str, float]]
+"""evaluate(averaged weights, step, map_tasks): evaluates, records, and returns what to print."""
 LOOK_EVERY_SECONDS = 1.0
-TOLD = ("fid_", "fd_", "cp_residual")
-"""Beginnings of the metrics that the driver prints during training."""
 GPU_SHARE = 0.1
 """Of each training GPU, for evaluations during training where there is no other GPU."""
 
 
-def snapshot_path(config: ImageConfig, step: int) -> Path:
+def snapshot_path(config: JobConfig, step: int) -> Path:
     """Where the workers leave the averaged weights of a step."""
     return evaluation_folder(config.run_folder, checkpoint_name(step)) / SNAPSHOT
 
 
-def evaluate_step(
-    config: ImageConfig,
-    weights: dict[str, Tensor],
-    step: int,
-    manifest: Manifest,
-    map_tasks: MapTasks,
-) -> EvaluationResult:
-    """Evaluate averaged weights of this run."""
-    return evaluate(
-        config,
-        weights,
-        manifest,
-        cache_folder=Path(config.run.storage) / "reference",
-        out_folder=evaluation_folder(config.run_folder, checkpoint_name(step)),
-        map_tasks=map_tasks,
-    )
-
-
-def record_evaluation(
-    tracking: RunHandle, step: int, evaluation: EvaluationResult, checkpoint: Path | None = None
-) -> None:
-    """Numbers, sample grids and figures on the MLflow run, at their step; and which checkpoint
-    they are of, if it is kept."""
-    tracker = Tracker(tracking)
-    try:
-        tracker.log_metrics(
-            {f"eval/{name}": value for name, value in evaluation.metrics.items()}, step
-        )
-        for name, path in evaluation.grids.items():
-            tracker.log_image(path, f"samples_{name}", step)
-        for path in [*evaluation.figures.values(), *evaluation.grids.values()]:
-            tracker.log_figure(path)
-        if checkpoint is not None:
-            tracker.set_tag("checkpoint", str(checkpoint))
-    finally:
-        tracker.close(timeout=30.0)
-
-
-def worker_gpus(config: ImageConfig) -> float:
+def worker_gpus(config: JobConfig) -> float:
     """GPU share of each training worker, given that they use GPUs: the rest of a GPU is for
     evaluations during training where the workers take every GPU there is."""
     spare = cluster.gpus_in_cluster() - config.ray.workers
-    return 1.0 - GPU_SHARE if config.eval.every_kimg is not None and spare < 1 else 1.0
+    return 1.0 - GPU_SHARE if len(config.evaluation_steps) > 0 and spare < 1 else 1.0
 
 
-def resources_beside_training(config: ImageConfig, use_gpu: bool) -> TaskResources:
+def resources_beside_training(config: JobConfig, use_gpu: bool) -> TaskResources:
     """What evaluations may take while the workers run: resources of their own if the cluster has
     them, else a share of the training's, one task at a time on each GPU or machine."""
     workers = config.ray.workers
@@ -113,9 +73,9 @@ class EvaluationsDuringTraining:
     """
 
     def __init__(
-        self, config: ImageConfig, manifest: Manifest, tracking: RunHandle, *, use_gpu: bool
+        self, config: JobConfig, evaluate: Evaluate, tracking: RunHandle, *, use_gpu: bool
     ) -> None:
-        self._config, self._manifest, self._tracking = config, manifest, tracking
+        self._config, self._evaluate_snapshot, self._tracking = config, evaluate, tracking
         self._map_tasks = partial(
             cluster.map_tasks, resources=resources_beside_training(config, use_gpu), show=False
         )
@@ -157,10 +117,7 @@ class EvaluationsDuringTraining:
     def _evaluate(self, snapshot: Path) -> None:
         step = int(snapshot.parent.name.removeprefix("step-"))
         try:
-            evaluation = evaluate_step(
-                self._config, load_file(snapshot), step, self._manifest, self._map_tasks
-            )
-            record_evaluation(self._tracking, step, evaluation)
+            told = self._evaluate_snapshot(load_file(snapshot), step, self._map_tasks)
         except Exception as error:  # whatever it is, the training is worth more
             if self._abandoned.is_set():
                 return
@@ -172,5 +129,5 @@ class EvaluationsDuringTraining:
             tracker.close(timeout=10.0)
         else:
             snapshot.unlink()
-            shown = [f"{k} {v:.4g}" for k, v in evaluation.metrics.items() if k.startswith(TOLD)]
+            shown = [f"{name} {value:.4g}" for name, value in told.items()]
             print(f"evaluation at step {step}: {', '.join(shown)}", flush=True)

@@ -1,56 +1,31 @@
-"""The driver of an image run: data, tracking, Ray Train, evaluation, in that order."""
+"""The driver's part of any training run: its folder, and its workers on Ray Train."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray.train.torch
 
-from cdm_ray import cluster
-from cdm_ray.checkpoint import CHECKPOINTS, EMA, Checkpoint, newest_checkpoint
-from cdm_ray.cluster import TaskResources
-from cdm_ray.config import NOT_LEARNED, ImageConfig, flatten, load_config, to_yaml
-from cdm_ray.data.manifest import Manifest, check_matches
-from cdm_ray.data.prepare import ensure_prepared
+from cdm_ray.checkpoint import CHECKPOINTS, Checkpoint, newest_checkpoint
+from cdm_ray.config import JobConfig, load_config, to_yaml
 from cdm_ray.errors import ConfigError, RunFailed
-from cdm_ray.evaluation.evaluate import EvaluationResult
-from cdm_ray.initial_weights import initialise
-from cdm_ray.report import RESULTS_FILE, RunSummary
-from cdm_ray.tracking import EndStatus, RunHandle, finish_run, open_run, ui_command
-from cdm_ray.training.evaluations import (
-    EvaluationsDuringTraining,
-    evaluate_step,
-    record_evaluation,
-    worker_gpus,
-)
-from cdm_ray.training.worker import Assignment, fatal_message, random_network, train_worker
+from cdm_ray.tracking import EndStatus, RunHandle, finish_run, open_run
+from cdm_ray.training.worker import Assignment, fatal_message
 
 CONFIG_FILE = "config.yaml"
 
+Worker = Callable[[dict[str, Assignment]], dict[str, Any]]
 
-def run_images(config: ImageConfig) -> Path:
-    """Train as configured, evaluate the averaged weights, record everything in MLflow.
 
-    Returns the run's folder, which then holds the results. Continues the run of the same name. Ray
-    must be initialised. Raises ConfigError for a user's mistake and RunFailed when training
-    stopped for good.
-    """
-    config = config.resolved()
-    use_gpu = cluster.uses_gpu(config.ray)
-    manifest = ensure_prepared(config.data, cluster.map_tasks)
-    check_matches(manifest, config)
-    if (
-        config.network.init is not None
-        and newest_checkpoint(config.run_folder / CHECKPOINTS) is None
-    ):
-        report = initialise(random_network(config, manifest), config.network.init)
-        print(report.summary(), flush=True)
-    _claim_folder(config)
+@contextmanager
+def tracked_run(config: JobConfig) -> Iterator[RunHandle]:
+    """The MLflow run of a (resolved) run, while its folder is worked in; ends it with the status
+    that the block ended with."""
+    claim_folder(config)
     tracking = open_run(
         config,
         storage=Path(config.run.storage),
@@ -59,47 +34,25 @@ def run_images(config: ImageConfig) -> Path:
     )
     status: EndStatus = "FAILED"
     try:
-        with _evaluations(config, manifest, tracking, use_gpu):
-            speed = train(config, tracking, use_gpu=use_gpu)
-        checkpoint = _final_checkpoint(config)
-        evaluation = evaluate_step(
-            config,
-            checkpoint.tensors(EMA),
-            checkpoint.state.step,
-            manifest,
-            partial(cluster.map_tasks, resources=TaskResources(gpus=float(use_gpu))),
-        )
-        record_evaluation(tracking, checkpoint.state.step, evaluation, checkpoint.folder)
-        _save_summary(config, tracking, checkpoint, evaluation, speed)
+        yield tracking
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
         finish_run(tracking, status)
-    return config.run_folder
 
 
-def _evaluations(
-    config: ImageConfig, manifest: Manifest, tracking: RunHandle, use_gpu: bool
-) -> AbstractContextManager[object]:
-    if config.eval.every_kimg is None:
-        return nullcontext()
-    return EvaluationsDuringTraining(config, manifest, tracking, use_gpu=use_gpu)
-
-
-def _claim_folder(config: ImageConfig) -> None:
+def claim_folder(config: JobConfig) -> None:
     """Write the configuration into the run folder; refuse a folder that holds another run."""
     folder = config.run_folder
     path = folder / CONFIG_FILE
     if path.is_file():
-        before = flatten(load_config(ImageConfig, str(path)))
-        now = flatten(config)
-        may_change = (*NOT_LEARNED, "train.images")
+        before, now = load_config(type(config), str(path)).learned(), config.learned()
         changed = [
             f"{key} was {before[key]}, is {now[key]}"
             for key in now
-            if before[key] != now[key] and not key.startswith(may_change)
+            if before[key] != now[key] and key != config.length_field
         ]
         if changed:
             raise ConfigError(
@@ -111,25 +64,25 @@ def _claim_folder(config: ImageConfig) -> None:
 
 
 def train(
-    config: ImageConfig,
+    config: JobConfig,
+    worker: Worker,
     tracking: RunHandle | None,
     *,
-    use_gpu: bool = False,
-    worker: Callable[[dict[str, Assignment]], dict[str, Any]] = train_worker,
+    gpus_per_worker: float = 0.0,
 ) -> float | None:
     """Run the workers to the last step, from the newest checkpoint of the (resolved) run.
 
-    Returns the median images per second, None if nothing was left to do or too little to tell.
-    `worker` is what every worker runs; another one is for tests and benchmarks, around
-    `train_worker`.
+    Returns the median speed, in what the worker counts it, None if nothing was left to do or too
+    little to tell. `worker` is what every worker runs.
     """
     newest = newest_checkpoint(config.run_folder / CHECKPOINTS)
     if newest is not None and newest.state.step >= config.steps:
         return None
     launch = f"{time.time_ns()}"
     resources = {"CPU": config.ray.cpus_per_worker}
+    use_gpu = gpus_per_worker > 0
     if use_gpu:
-        resources["GPU"] = worker_gpus(config)
+        resources["GPU"] = gpus_per_worker
     api: Any = ray.train  # typed as Train V1, while V2 is what runs
     trainer = api.torch.TorchTrainer(
         worker,
@@ -156,10 +109,10 @@ def train(
         raise RunFailed(message) from None
     if "fatal" in outcome:
         raise RunFailed(outcome["fatal"])
-    return outcome["images_per_second"]
+    return outcome["speed"]
 
 
-def _final_checkpoint(config: ImageConfig) -> Checkpoint:
+def final_checkpoint(config: JobConfig) -> Checkpoint:
     checkpoint = newest_checkpoint(config.run_folder / CHECKPOINTS)
     if checkpoint is None or checkpoint.state.step < config.steps:
         raise RunFailed(
@@ -167,28 +120,3 @@ def _final_checkpoint(config: ImageConfig) -> Checkpoint:
             f"{config.steps}; run the same command again to continue"
         )
     return checkpoint
-
-
-def _save_summary(
-    config: ImageConfig,
-    tracking: RunHandle,
-    checkpoint: Checkpoint,
-    evaluation: EvaluationResult,
-    speed: float | None,
-) -> None:
-    folder = config.run_folder
-    if speed is None and (folder / RESULTS_FILE).is_file():
-        speed = RunSummary.load(folder).images_per_second  # evaluated again, not trained
-    RunSummary(
-        run=config.run_name,
-        recipe=config.recipe,
-        cp_weight=config.cp.weight,
-        seed=config.run.seed,
-        images=checkpoint.state.images_seen,
-        images_per_second=speed,
-        metrics=evaluation.metrics,
-        checkpoint=str(checkpoint.folder),
-        grids={name: str(path) for name, path in evaluation.grids.items()},
-        figures={name: str(path) for name, path in evaluation.figures.items()},
-        ui_command=ui_command(tracking),
-    ).save(folder)

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 
 from cdm_ray.checkpoint import TrainingState
-from cdm_ray.config import EMAConfig, OptimizerConfig, TrainConfig
+from cdm_ray.config import TrainConfig
 from cdm_ray.errors import RunFailed
 from cdm_ray.objectives.base import Term
 from cdm_ray.randomness import BlockRng
 from cdm_ray.training.engine import Engine, StepResult
-from cdm_ray.training.optimizer import ema_beta, learning_rate
+from cdm_ray.training.rates import Rates
 
 B = TypeVar("B", contravariant=True)
 
@@ -25,7 +25,7 @@ class Objective(Protocol[B]):
     """`value` of each term is a sum over the samples of the batch."""
 
     def __call__(
-        self, model: Any, batch: B, rng: BlockRng, images_seen: int
+        self, model: Any, batch: B, rng: BlockRng, samples_seen: int
     ) -> dict[str, Term]: ...
 
 
@@ -43,7 +43,8 @@ class Record:
     """What rank 0 logs: means over the steps since the record before."""
 
     step: int
-    images_seen: int
+    samples_seen: int
+    samples_per_second: float
     metrics: dict[str, float]
 
 
@@ -71,16 +72,16 @@ class Meter:
         else:
             self.sums += values
 
-    def take(self, batch: int) -> dict[str, float]:
-        """Means per image over all workers, and images per second. Collective."""
+    def take(self, batch: int) -> tuple[dict[str, float], float]:
+        """Means per sample over all workers, and samples per second. Collective."""
         assert self.sums is not None
         dist.all_reduce(self.sums)
         means = (self.sums / (batch * self.steps)).tolist()
         now = time.perf_counter()
         metrics = {f"loss/{name}": mean for name, mean in zip(self.names, means, strict=True)}
-        metrics["images_per_second"] = batch * self.steps / (now - self.started)
+        speed = batch * self.steps / (now - self.started)
         self.names, self.sums, self.steps, self.started = (), None, 0, now
-        return metrics
+        return metrics, speed
 
 
 def run_loop(
@@ -90,17 +91,18 @@ def run_loop(
     state: TrainingState,
     *,
     last_step: int,
+    batch: int,
     train: TrainConfig,
-    optimizer: OptimizerConfig,
-    ema: EMAConfig,
+    rates: Callable[[TrainingState], Rates],
     hooks: Hooks,
     before_step: Callable[[], None] | None = None,
 ) -> TrainingState:
-    """Train from `state` to `last_step`; `passes` yields this worker's micro-steps of each step.
+    """Train from `state` to `last_step`; `passes` yields this worker's micro-steps of each step, of
+    which those of all workers have `batch` samples.
 
     Raises RunFailed after `train.max_nonfinite_in_row` steps without finite gradients.
     """
-    scale = dist.get_world_size() / train.batch
+    scale = dist.get_world_size() / batch
     meter, skipped, skipped_in_row = Meter(), 0, 0
     iterator = iter(passes)
     while state.step < last_step:
@@ -109,28 +111,29 @@ def run_loop(
         for index, micro in enumerate(batches := next(iterator)):
             if index:
                 engine.end_micro_step()
-            terms = objective(engine, micro.batch, micro.rng, state.images_seen)
+            terms = objective(engine, micro.batch, micro.rng, state.samples_seen)
             if micro.counts:
                 meter.add(terms)
             total = torch.stack([term.value * term.weight for term in terms.values()]).sum()
             engine.backward(total * (scale if micro.counts else 0.0))
         assert batches, "a step has at least one micro-step"
         meter.steps += 1
-        lr = learning_rate(optimizer, state.images_seen)
-        result = engine.step(lr, ema_beta(ema, train.batch, state.images_seen))
+        lr, ema_beta = rates(state)
+        result = engine.step(lr, ema_beta)
         state = TrainingState(
             step=state.step + 1,
-            images_seen=state.images_seen + train.batch,
+            samples_seen=state.samples_seen + batch,
             optimizer_steps=state.optimizer_steps + result.applied,
         )
         skipped += not result.applied
         skipped_in_row = 0 if result.applied else skipped_in_row + 1
         if skipped_in_row >= train.max_nonfinite_in_row:
-            raise RunFailed(_diagnosis(state, skipped_in_row, meter.take(train.batch), lr))
+            raise RunFailed(_diagnosis(state, skipped_in_row, meter.take(batch)[0], lr))
         if state.step % train.log_every == 0 or state.step == last_step:
-            metrics = meter.take(train.batch) | _step_metrics(result, lr, skipped)
+            losses, speed = meter.take(batch)
             if dist.get_rank() == 0:
-                hooks.record(Record(state.step, state.images_seen, metrics))
+                metrics = losses | _step_metrics(result, lr, skipped)
+                hooks.record(Record(state.step, state.samples_seen, speed, metrics))
         hooks.after_step(state)
     return state
 
@@ -148,5 +151,5 @@ def _diagnosis(state: TrainingState, in_row: int, metrics: dict[str, float], lr:
     return (
         f"step {state.step}: gradients were not finite for {in_row} steps in a row "
         f"({losses}, lr={lr:g}); lower optimizer.lr, set optimizer.clip_norm, "
-        "or look for damaged images, then start again from the last checkpoint"
+        "or look at the data, then start again from the last checkpoint"
     )

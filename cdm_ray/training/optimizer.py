@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cdm_ray.config import EMAConfig, OptimizerConfig
+from cdm_ray.config import OptimizerConfig
 
 
 class EMAAdam(torch.optim.Adam):
@@ -55,17 +55,3 @@ class EMAAdam(torch.optim.Adam):
             scale = torch.clamp(self.clip_norm / norm, max=1.0)
             torch._foreach_mul_([g for g in gradients if g is not None], scale)
         return not self.overflow
-
-
-def learning_rate(config: OptimizerConfig, images_seen: int) -> float:
-    """Linear ramp over the first `rampup_images`, then constant (EDM, appendix F.2)."""
-    return config.lr * min(images_seen / max(config.rampup_images, 1e-8), 1.0)
-
-
-def ema_beta(config: EMAConfig, batch: int, images_seen: int) -> float:
-    """Decay of one step, `0.5^(batch / min(halflife, rampup_ratio * images_seen))` (EDM,
-    appendix F.2); 0 at the start, so that the average begins at the first trained weights."""
-    halflife = min(config.halflife_images, config.rampup_ratio * images_seen)
-    if config.rampup_ratio == 0:
-        halflife = config.halflife_images
-    return 0.5 ** (batch / max(halflife, 1e-8))

@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 
 from cdm_ray.config import ImageConfig, load_config
 from cdm_ray.training import evaluations
-from cdm_ray.training.launch import run_images
+from cdm_ray.training.image_run import run_images
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

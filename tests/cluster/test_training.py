@@ -10,6 +10,7 @@ from cdm_ray.checkpoint import CHECKPOINTS, KINDS, newest_checkpoint
 from cdm_ray.config import ImageConfig, load_config
 from cdm_ray.data.prepare import ensure_prepared
 from cdm_ray.errors import RunFailed
+from cdm_ray.training.image_worker import train_worker
 from cdm_ray.training.launch import train
 from tests.cluster.workers import KEYS, diverging_worker, killed_worker, recording_worker
 
@@ -54,7 +55,7 @@ def undisturbed(data, tmp_path_factory):
     """Two workers, start to end: final tensors and the keys by step."""
     folder = tmp_path_factory.mktemp("undisturbed")
     config = tiny(data, folder)
-    train(config, None, worker=recording_worker)
+    train(config, recording_worker, None)
     return final_tensors(config), keys_by_step(folder)
 
 
@@ -73,24 +74,24 @@ def assert_bit_identical(told, expected):
 
 def test_killed_worker_changes_no_bit_of_the_result(data, tmp_path, undisturbed):
     config = tiny(data, tmp_path)
-    train(config, None, worker=killed_worker)
+    train(config, killed_worker, None)
     assert (tmp_path / "killed").exists()
     assert_bit_identical(final_tensors(config), undisturbed[0])
 
 
 def test_stopped_and_continued_run_changes_no_bit_of_the_result(data, tmp_path, undisturbed):
     name = "run.name=two-parts"
-    train(tiny(data, tmp_path, name, f"train.images={32 * 5}"), None)
+    train(tiny(data, tmp_path, name, f"train.images={32 * 5}"), train_worker, None)
     config = tiny(data, tmp_path, name)
-    train(config, None)
+    train(config, train_worker, None)
     assert_bit_identical(final_tensors(config), undisturbed[0])
     # and there is nothing left to do
-    assert train(config, None) is None
+    assert train(config, train_worker, None) is None
 
 
 def test_one_worker_sees_the_same_samples_and_learns_the_same(data, tmp_path, undisturbed):
     config = tiny(data, tmp_path, "ray.workers=1")
-    train(config, None, worker=recording_worker)
+    train(config, recording_worker, None)
     tensors, keys = undisturbed
     assert keys_by_step(tmp_path) == keys
     told = final_tensors(config)
@@ -102,9 +103,13 @@ def test_one_worker_sees_the_same_samples_and_learns_the_same(data, tmp_path, un
 
 def test_checkpoint_of_one_stage_continues_at_another(data, tmp_path, undisturbed):
     name = "run.name=stages"
-    train(tiny(data, tmp_path, name, f"train.images={32 * 5}", "train.zero_stage=3"), None)
+    train(
+        tiny(data, tmp_path, name, f"train.images={32 * 5}", "train.zero_stage=3"),
+        train_worker,
+        None,
+    )
     config = tiny(data, tmp_path, name, "train.zero_stage=2", "ray.workers=1")
-    train(config, None)
+    train(config, train_worker, None)
     told = final_tensors(config)
     for name, expected in undisturbed[0]["weights"].items():
         torch.testing.assert_close(told["weights"][name], expected, rtol=1e-3, atol=2e-5)
@@ -113,5 +118,5 @@ def test_checkpoint_of_one_stage_continues_at_another(data, tmp_path, undisturbe
 def test_divergence_ends_the_run_without_repeating_it(data, tmp_path):
     config = tiny(data, tmp_path, "train.max_nonfinite_in_row=3", "ray.max_failures=0")
     with pytest.raises(RunFailed, match="not finite for 3 steps in a row"):
-        train(config, None, worker=diverging_worker)
+        train(config, diverging_worker, None)
     assert len(list(tmp_path.glob("start-*"))) == 2  # one for each worker

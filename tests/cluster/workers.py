@@ -5,8 +5,8 @@ import os
 import signal
 from pathlib import Path
 
-from cdm_ray.training import worker as worker_module
-from cdm_ray.training.worker import train_worker
+from cdm_ray.training import image_worker as worker_module
+from cdm_ray.training.image_worker import train_worker
 
 KEYS = "keys"
 
@@ -35,11 +35,11 @@ def killed_worker(options):
     marker = Path(options["assignment"].config["run"]["storage"]) / "killed"
     original = worker_module.ImageObjective.__call__
 
-    def objective(self, model, batch, rng, images_seen):
-        if images_seen == 32 * 7 and os.environ["RANK"] == "1" and not marker.exists():
+    def objective(self, model, batch, rng, samples_seen):
+        if samples_seen == 32 * 7 and os.environ["RANK"] == "1" and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, model, batch, rng, images_seen)
+        return original(self, model, batch, rng, samples_seen)
 
     worker_module.ImageObjective.__call__ = objective
     return train_worker(options)
@@ -51,8 +51,8 @@ def diverging_worker(options):
     (folder / f"start-{os.getpid()}").touch()
     original = worker_module.ImageObjective.__call__
 
-    def objective(self, model, batch, rng, images_seen):
-        terms = original(self, model, batch, rng, images_seen)
+    def objective(self, model, batch, rng, samples_seen):
+        terms = original(self, model, batch, rng, samples_seen)
         return {n: type(t)(t.value * float("nan"), t.weight) for n, t in terms.items()}
 
     worker_module.ImageObjective.__call__ = objective

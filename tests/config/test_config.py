@@ -42,7 +42,7 @@ def test_overrides_change_what_they_name():
     assert digits("optimizer.lr=1e-3").optimizer.lr == 1e-3  # YAML 1.1 reads 1e-3 as text
 
 
-@pytest.mark.parametrize("recipe", recipe_names())
+@pytest.mark.parametrize("recipe", recipe_names(ImageConfig))
 def test_round_trip_through_yaml_is_exact(recipe, tmp_path):
     config = load_config(ImageConfig, recipe)
     path = tmp_path / "config.yaml"

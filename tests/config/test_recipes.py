@@ -19,6 +19,7 @@ from cdm_ray.training.checkpoint import TrainingState
 from cdm_ray.training.engine import Engine
 from cdm_ray.training.lanes import deal_lanes, micro_steps
 from cdm_ray.training.loop import Pass, run_loop
+from cdm_ray.training.rates import image_rates
 from tests.distributed import run_workers
 
 FULL_SIZE = Path(__file__).parents[1] / "fixtures" / "edm" / "full_size_state_dicts.json"
@@ -77,7 +78,7 @@ def differences(a: ImageConfig, b: ImageConfig) -> set[str]:
 
 
 def test_every_recipe_is_here():
-    assert set(recipe_names()) == {"digits", *NAMES}
+    assert set(recipe_names(ImageConfig)) == {"digits", *NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -205,9 +206,9 @@ def take_two_steps(name):
         passes(config, classes, schedule),
         TrainingState(0, 0, 0),
         last_step=config.steps,
+        batch=config.train.batch,
         train=config.train,
-        optimizer=config.optimizer,
-        ema=config.ema,
+        rates=lambda state: image_rates(config, state.samples_seen),
         hooks=hooks,
     )
     changed = [

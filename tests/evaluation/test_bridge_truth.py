@@ -1,14 +1,21 @@
-"""Closed forms of Brownian and Ornstein-Uhlenbeck bridges against what defines them."""
+"""Closed forms of Brownian, Ornstein-Uhlenbeck and Cox-Ingersoll-Ross bridges against what defines
+them."""
 
 import math
 
+import mpmath
 import numpy as np
 import pytest
 import torch
+from scipy.stats import ncx2
 
-from cdm_ray.evaluation.bridge_truth import GaussianTruth
+from cdm_ray.errors import ConfigError
+from cdm_ray.evaluation.backward_grid import Grid
+from cdm_ray.evaluation.bridge_truth import CIRTruth, GaussianTruth
+from cdm_ray.evaluation.grid_truth import solve
 from cdm_ray.processes.references import (
     Brownian,
+    CoxIngersollRoss,
     OrnsteinUhlenbeck,
     Schedule,
     jacobian_transpose,
@@ -36,6 +43,10 @@ every_process = pytest.mark.parametrize(
 def states(count=5):
     generator = torch.Generator().manual_seed(0)
     return torch.randn(count, 3, generator=generator, dtype=torch.float64)
+
+
+def t64(*values):
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def time(t):
@@ -263,3 +274,171 @@ def test_a_grid_in_float32_that_rounds_up_still_ends_at_the_end():
     assert times[-1].item() > 0.05
     noise = torch.ones(4, 2, 3, dtype=torch.float64)
     torch.testing.assert_close(truth.bridge(START, times, noise)[-1], END.expand(2, 3))
+
+
+# The usual example and two others: order 3, 3.9 and, at Feller's boundary, 0.
+CIRS = {
+    "usual": CIRTruth(CoxIngersollRoss(1.0, 2.0, 1.0), t64(math.sqrt(8)), 1.0),
+    "smaller": CIRTruth(CoxIngersollRoss(0.8, 1.5, 0.7), t64(2.0), 1.5),
+    "boundary": CIRTruth(CoxIngersollRoss(0.5, 1.0, 1.0), t64(0.9), 0.7),
+}
+every_cir = pytest.mark.parametrize("cir", CIRS.values(), ids=CIRS)
+LEVELS = t64(0.3, 1.0, 2.0, 3.5, 6.0)[:, None]
+
+
+def time_left(cir, share):
+    """The time at which this share of the duration is left, and how much that is."""
+    return cir.duration * (1 - share), cir.duration * share
+
+
+@every_cir
+@pytest.mark.parametrize("share", [1.0, 0.3, 0.02])
+def test_cir_is_the_noncentral_chi_square_of_x(cir, share):
+    """2 c x_T is noncentral chi-square with 4 rate mean / volatility^2 degrees of freedom and
+    noncentrality 2 c e^{-rate tau} x; SciPy's density is good to about 1e-9 in its tails."""
+    t, tau = time_left(cir, share)
+    process = cir.process
+    rate, square = process.rate, process.volatility**2
+    x, end = process.from_lamperti(LEVELS[:, 0]).numpy(), process.from_lamperti(cir.end).item()
+    scale = 4 * rate / (square * -math.expm1(-rate * tau))  # 2 c
+    freedom = 4 * rate * process.mean / square
+    density = ncx2.logpdf(scale * end, freedom, scale * math.exp(-rate * tau) * x)
+    dx_dy = square * cir.end.item() / 2
+    expected = torch.from_numpy(density) + math.log(scale * dx_dy)
+    torch.testing.assert_close(cir.log_density(LEVELS, t), expected, rtol=1e-8, atol=1e-8)
+
+
+def exact_cir(cir, y, t):
+    """log h and g with 40 digits, in the terms of the noncentral chi-square, unsimplified."""
+    process, mp = cir.process, mpmath.mp
+    rate, square = mp.mpf(process.rate), mp.mpf(process.volatility) ** 2
+    tau, order = mp.mpf(cir.duration) - mp.mpf(t), 2 * rate * mp.mpf(process.mean) / square - 1
+    c = 2 * rate / (square * (1 - mp.exp(-rate * tau)))
+    end = mp.mpf(cir.end.item())
+    v = c * square * end**2 / 4
+
+    def log_h(y):
+        u = c * square * y**2 / 4 * mp.exp(-rate * tau)
+        z = 2 * mp.sqrt(u * v)
+        bessel = mp.log(mp.besseli(order, z))
+        return mp.log(c) - u - v + order / 2 * mp.log(v / u) + bessel + mp.log(square * end / 2)
+
+    y = mp.mpf(y)
+    return float(log_h(y)), float(mp.diff(log_h, y))
+
+
+@pytest.mark.parametrize(
+    ("process", "end", "duration"),
+    [
+        (CoxIngersollRoss(1.0, 2.0, 1.0), math.sqrt(8), 1.0),
+        (CoxIngersollRoss(1.0, 2.0, 1.0), math.sqrt(8), 1e-5),  # z is a million
+        (CoxIngersollRoss(0.5, 1.0, 1.0), 1e-3, 1.0),
+        (CoxIngersollRoss(30.0, 1.0, 1.0), 2.0, 5.0),  # z is 1e-30
+        (CoxIngersollRoss(1.0, 2.0, 0.1), 28.0, 1.0),  # order 399: scaled Bessel of 1e-40
+        (CoxIngersollRoss(1.0, 2.0, 0.05), 56.0, 1.0),  # order 1599: it underflows
+    ],
+)
+def test_cir_is_exact_where_bessel_functions_are_extreme(process, end, duration):
+    cir = CIRTruth(process, t64(end), duration)
+    with mpmath.workdps(40):
+        for y in (0.3 * end, 1.01 * end, 2.5 * end):
+            log_h, score = exact_cir(cir, y, 0.0)
+            assert cir.log_density(t64([y]), 0.0).item() == pytest.approx(log_h, rel=1e-10)
+            assert cir.score(t64([y]), 0.0).item() == pytest.approx(score, rel=1e-9, abs=1e-10)
+
+
+@every_cir
+@pytest.mark.parametrize("share", [0.97, 0.4, 0.05])
+def test_score_of_cir_is_the_gradient_of_the_log_density(cir, share):
+    """Central differences; error of h^2 g'' / 6 and 1e-15 / h, with h = 1e-4: 1e-8 (1 + 1 / y^3)
+    of g."""
+    t, _ = time_left(cir, share)
+    ahead, behind = cir.log_density(LEVELS + 1e-4, t), cir.log_density(LEVELS - 1e-4, t)
+    slope = ((ahead - behind) / 2e-4)[:, None]
+    torch.testing.assert_close(cir.score(LEVELS, t), slope, rtol=1e-6, atol=1e-6)
+
+
+@every_cir
+@pytest.mark.parametrize("share", [0.97, 0.4, 0.05])
+def test_log_density_of_cir_solves_the_backward_equation(cir, share):
+    """As for the others; the process enters through its drift alone, since sigma = 1."""
+    t, _ = time_left(cir, share)
+    step = 1e-4
+    over_time = (cir.log_density(LEVELS, t + step) - cir.log_density(LEVELS, t - step)) / (2 * step)
+    g = cir.score(LEVELS, t)[:, 0]
+    slope = (cir.score(LEVELS + step, t) - cir.score(LEVELS - step, t))[:, 0] / (2 * step)
+    terms = [over_time, cir.process.drift(LEVELS)[:, 0] * g, slope / 2, g.square() / 2]
+    size = sum(term.abs() for term in terms)
+    assert (sum(terms).abs() / size).max() < 1e-5
+    assert ((sum(terms) - 0.1 * terms[-1]).abs() / size).max() > 1e-2
+
+
+@every_cir
+def test_cir_satisfies_chapman_kolmogorov_and_is_normalised(cir):
+    """Trapezoidal sums over the state between, and over the end. At the boundary the density at 0
+    goes as y, which leaves spacing^2 / 12."""
+    s, t = 0.2 * cir.duration, 0.6 * cir.duration
+    nodes = torch.linspace(0, 12, 801, dtype=torch.float64)[1:]
+    spacing = nodes[0].item()
+    to_node = [CIRTruth(cir.process, node[None], t).log_density(LEVELS, s) for node in nodes]
+    density = torch.stack(to_node, dim=1).exp()
+    torch.testing.assert_close(density.sum(1) * spacing, torch.ones(5).double(), rtol=0, atol=1e-4)
+    integral = density @ cir.log_density(nodes[:, None], t).exp() * spacing
+    torch.testing.assert_close(integral, cir.log_density(LEVELS, s).exp(), rtol=1e-4, atol=0)
+
+
+@every_cir
+def test_score_of_cir_tends_to_the_brownian_guide_less_the_drift(cir):
+    """g = (end - y) / tau - b(y) + O(tau): h is exp(int_y^end b) times the Brownian density."""
+    y = cir.end * t64([0.7], [0.95], [1.2])
+    errors = []
+    for tau in (1e-3, 1e-4, 1e-5):
+        guide = (cir.end - y) / tau
+        score = cir.score(y, cir.duration - tau)
+        errors.append((score - (guide - cir.process.drift(y))).abs().max().item())
+        assert ((score - guide) / guide).abs().max() < 200 * tau
+    assert errors[0] / errors[1] == pytest.approx(10, rel=0.1)
+    assert errors[1] / errors[2] == pytest.approx(10, rel=0.1)
+    assert errors[2] < 1e-3
+
+
+def test_cir_forgets_its_start_in_a_long_time():
+    """The law of x is a gamma law then, with 2 rate mean / volatility^2 degrees."""
+    cir = CIRTruth(CoxIngersollRoss(1.0, 2.0, 1.0), t64(2.2), 60.0)
+    assert cir.score(LEVELS, 0.0).abs().max() < 1e-12
+    x = cir.process.from_lamperti(cir.end)
+    gamma = torch.distributions.Gamma(t64(4.0), t64(2.0))  # rate 2 rate / volatility^2
+    expected = (gamma.log_prob(x) + (cir.end / 2).log()).expand(5)
+    torch.testing.assert_close(cir.log_density(LEVELS, 0.0), expected)
+
+
+def test_grids_find_the_closed_form_of_cir(tmp_path):
+    process, start, duration = CoxIngersollRoss(1.0, 2.0, 1.0), t64(math.sqrt(8)), 1.0
+    cir = CIRTruth(process, start, duration)
+    grid = Grid((0.3,), (6.3,), (301,), steps=200, slices=50)
+    found = solve(process, start, start, duration, grid, tmp_path)
+    y = torch.linspace(1.2, 4.8, 37, dtype=torch.float64)[:, None]
+    for t in (0.0, 0.5, 0.9):
+        torch.testing.assert_close(
+            found.log_density(y, t), cir.log_density(y, t), rtol=0, atol=1e-3
+        )
+        torch.testing.assert_close(found.score(y, t), cir.score(y, t), rtol=1e-3, atol=1e-3)
+    assert found.trusted(y, 0.5).all()
+
+
+def test_evidence_dtype_and_limits_of_cir():
+    cir = CIRS["usual"]
+    start = cir.end + 0.4
+    assert cir.log_evidence(start) == cir.log_density(start[None], 0.0).item()
+    x = LEVELS.float()
+    assert cir.log_density(x, 0.3).dtype == cir.score(x, 0.3).dtype == torch.float32
+    assert cir.log_density(x, 0.3).shape == (5,)
+    torch.testing.assert_close(cir.score(x, 0.3).double(), cir.score(x.double(), 0.3))
+    outside = t64([0.0], [-1.0], [math.nan])
+    assert cir.log_density(outside, 0.3).isnan().all()
+    assert cir.score(outside, 0.3).isnan().all()
+    for value in (cir.log_density, cir.score):
+        with pytest.raises(ValueError, match="t=1.0; a bridge of duration 1.0"):
+            value(x, 1.0)
+    with pytest.raises(ConfigError, match="end=.-2.0. .* positive"):
+        CIRTruth(cir.process, t64(-2.0), 1.0)

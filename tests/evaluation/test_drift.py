@@ -7,7 +7,6 @@ from cdm_ray.evaluation.drift import (
     STEP_COUNTS,
     Drift,
     DriftPart,
-    Estimate,
     cp_residuals,
     drift_on_data,
     generate_with_drift,
@@ -15,6 +14,7 @@ from cdm_ray.evaluation.drift import (
     level_sigmas,
     merge_parts,
 )
+from cdm_ray.evaluation.estimate import Estimate
 from cdm_ray.evaluation.generate import KINDS, generate, noise_levels, to_uint8
 from cdm_ray.evaluation.reference import LabelledImages
 from cdm_ray.processes.edm import spread

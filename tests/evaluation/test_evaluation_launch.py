@@ -54,7 +54,7 @@ def write_checkpoint(folder, path):
     )
     (folder / "config.yaml").write_text(to_yaml(config(path)))
     digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
-    state = {"step": 3, "images_seen": 96, "optimizer_steps": 3}
+    state = {"step": 3, "samples_seen": 96, "optimizer_steps": 3}
     content = {"schema": 1, "state": state, "sha256": digests}
     content["digest"] = digest_of(content)
     (folder / "state.json").write_text(json.dumps(content))

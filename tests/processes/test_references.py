@@ -1,4 +1,5 @@
 import copy
+import math
 import pickle
 
 import pytest
@@ -8,6 +9,7 @@ from cdm_ray.errors import ConfigError
 from cdm_ray.processes.references import (
     Brownian,
     Cell,
+    CoxIngersollRoss,
     DoubleWell,
     GradientProcess,
     MuellerBrown,
@@ -26,7 +28,9 @@ PROCESSES = [
     DoubleWell(0.7, 3.0, well=1.5),
     Cell(0.1),
     MuellerBrown(3.0),
+    CoxIngersollRoss(0.8, 1.5, 0.7),
 ]
+CIR = PROCESSES[-1]
 GRADIENT = [process for process in PROCESSES if isinstance(process, GradientProcess)]
 
 
@@ -36,7 +40,8 @@ def name(process):
 
 def states(process, count=7, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(count, process.dim, generator=generator, dtype=torch.float64).to(dtype)
+    x = torch.randn(count, process.dim, generator=generator, dtype=torch.float64).to(dtype)
+    return x.abs() + 0.2 if isinstance(process, CoxIngersollRoss) else x
 
 
 def jacobian(process, x):
@@ -152,6 +157,42 @@ def test_the_cell_runs_from_its_usual_start_to_the_first_kind_by_itself():
     torch.testing.assert_close(x, x.new_tensor([[1.9961, 0.0039], [1, 1]]), rtol=0, atol=1e-4)
 
 
+def test_cox_ingersoll_ross_is_itos_formula_of_its_transformation():
+    """dy = (y' b + y'' s^2 / 2) dt + y' s dB of dx = b dt + s dB, derivatives by autograd."""
+    rate, mean, volatility = 0.8, 1.5, 0.7
+    process = CoxIngersollRoss(rate, mean, volatility)
+    x = torch.tensor([0.02, 0.4, 1.5, 6.0], dtype=torch.float64, requires_grad=True)
+    y = process.to_lamperti(x)
+    (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), x)
+    s = volatility * x.sqrt()
+    drift = slope * rate * (mean - x) + curvature * s.square() / 2
+    torch.testing.assert_close(process.drift(y[:, None])[:, 0], drift)
+    torch.testing.assert_close(slope * s, process.sigma(torch.zeros_like(x)))
+    torch.testing.assert_close(process.from_lamperti(y), x)
+
+
+def test_states_of_cox_ingersoll_ross_that_jumped_over_0_are_outside_and_have_no_drift():
+    process = CoxIngersollRoss(1.0, 2.0, 1.0)
+    y = torch.tensor([[0.1], [0.0], [-0.1], [math.nan], [math.inf]], dtype=torch.float64)
+    assert process.inside(y).tolist() == [True, False, False, False, False]
+    assert process.drift(y).isfinite()[:, 0].tolist() == [True, False, False, False, False]
+    assert process.potential(y).isfinite().tolist() == [True, False, False, False, False]
+    transpose = jacobian_transpose(process, y, torch.ones_like(y))
+    assert transpose.isfinite()[:3, 0].tolist() == [True, False, False]
+
+
+def test_the_domain_of_a_process_is_every_finite_state_unless_it_says_otherwise():
+    x = torch.tensor([[0.0, -9.0], [math.nan, 1.0], [1.0, -math.inf]])
+    for process in (Brownian(2, 0.7), Cell(0.1), MuellerBrown(3.0)):
+        assert process.inside(x).tolist() == [True, False, False]
+
+
+def test_fellers_condition_includes_its_boundary():
+    assert CoxIngersollRoss(0.5, 1.0, 1.0).order == 0
+    assert CoxIngersollRoss(1.0, 2.0, 1.0).order == 3
+
+
 def test_a_schedule_is_linear_between_its_points_and_constant_outside():
     t = torch.tensor([-1.0, 0.0, 0.25, 0.5, 1.25, 2.0, 9.0], dtype=torch.float64)
     expected = torch.tensor([2.0, 2.0, 1.25, 0.5, 0.6, 0.7, 0.7], dtype=torch.float64)
@@ -185,6 +226,12 @@ def test_a_process_travels_between_workers(process):
         (lambda: DoubleWell(1.0, 3.0, well=0.0), "well=0.0"),
         (lambda: OrnsteinUhlenbeck(2, 1.0, float("inf")), "rate=inf"),
         (lambda: OrnsteinUhlenbeck(2, 1.0, 1.0, mean=(0.0, 0.0, 0.0)), "one number or 2"),
+        (lambda: CoxIngersollRoss(0.0, 2.0, 1.0), "rate=0.0"),
+        (lambda: CoxIngersollRoss(1.0, -2.0, 1.0), "mean=-2.0"),
+        (lambda: CoxIngersollRoss(1.0, 2.0, float("nan")), "volatility=nan"),
+        (lambda: CoxIngersollRoss(0.5, 0.9, 1.0), "2 rate mean is below volatility.2 .*reaches 0"),
+        (lambda: CIR.to_lamperti(torch.tensor([2.0, 0.0])), "x=0.0 is no state .* positive"),
+        (lambda: CIR.from_lamperti(torch.tensor([[1.0], [-0.5]])), "y=-0.5 is no state"),
         (lambda: Schedule((0.0,), (1.0,)), "1 times and 1 values"),
         (lambda: Schedule((0.0, 1.0), (1.0,)), "2 times and 1 values"),
         (lambda: Schedule((0.0, 0.0), (1.0, 1.0)), "increase"),
@@ -201,6 +248,9 @@ def test_a_sigma_of_the_state_is_refused_with_the_reason():
     message = str(state_dependent_sigma("process.name=cir"))
     assert message.startswith("process.name=cir: sigma may depend on time only")
     assert "biased" in message
+    assert message.endswith(
+        "transform the state so that sigma is constant (Lamperti), as CoxIngersollRoss does"
+    )
 
 
 def test_a_reference_process_needs_a_drift():

@@ -53,7 +53,7 @@ def root(written, tmp_path):
 def test_holds_everything_whoever_wrote_it(written):
     root, tensors = written
     checkpoint = newest_checkpoint(root)
-    assert checkpoint.state == TrainingState(step=3, images_seen=6, optimizer_steps=3)
+    assert checkpoint.state == TrainingState(step=3, samples_seen=6, optimizer_steps=3)
     names = {path.name for path in checkpoint.folder.iterdir()}
     assert names == {f"{kind}.safetensors" for kind in KINDS} | {"config.yaml", "state.json"}
     for kind in KINDS:

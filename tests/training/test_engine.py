@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from cdm_ray.checkpoint import KINDS
-from cdm_ray.config import EMAConfig, OptimizerConfig
+from cdm_ray.config import OptimizerConfig
 from cdm_ray.training.engine import Engine
-from cdm_ray.training.optimizer import EMAAdam, ema_beta, learning_rate
+from cdm_ray.training.optimizer import EMAAdam
 from tests.distributed import run_workers
 
 OPTIMIZER = OptimizerConfig(lr=1e-2, clip_norm=50.0)
@@ -186,21 +186,6 @@ def test_nonfinite_gradients_of_one_rank_skip_the_step_on_all(stories, case):
     assert count == 6
     assert_equal(told["after_poison"], told["through"])
     assert told["recovered"]
-
-
-def test_learning_rate_ramps_then_stays():
-    config = OptimizerConfig(lr=2.0, rampup_images=100)
-    assert [learning_rate(config, seen) for seen in (0, 50, 100, 1000)] == [0, 1, 2, 2]
-
-
-def test_average_has_the_stated_half_life():
-    config = EMAConfig(halflife_images=1000, rampup_ratio=0.05)
-    assert ema_beta(config, 10, 0) == 0
-    # after the ramp, 1000 images halve the weight of the past
-    assert ema_beta(config, 10, 10**6) ** 100 == pytest.approx(0.5)
-    # during it, the half-life is 5 % of what was seen
-    assert ema_beta(config, 10, 2000) ** 10 == pytest.approx(0.5)
-    assert ema_beta(EMAConfig(halflife_images=1000, rampup_ratio=0), 1000, 0) == pytest.approx(0.5)
 
 
 def test_optimizer_refuses_a_closure():

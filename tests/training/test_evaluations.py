@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 from cdm_ray import cluster
 from cdm_ray.cluster import TaskResources
 from cdm_ray.config import ImageConfig, load_config
-from cdm_ray.evaluation.evaluate import EvaluationResult
 from cdm_ray.training import evaluations
 from cdm_ray.training.evaluations import (
     SNAPSHOT,
@@ -42,8 +41,6 @@ def stage(monkeypatch, cluster_of):
     """Evaluations and records in memory; what a step evaluates to is up to the test."""
     cluster_of(2, 0)
     stage = Stage()
-    monkeypatch.setattr(evaluations, "evaluate_step", stage.evaluate)
-    monkeypatch.setattr(evaluations, "record_evaluation", stage.record)
     monkeypatch.setattr(evaluations, "Tracker", lambda handle: stage)
     return stage
 
@@ -53,13 +50,10 @@ class Stage:
         self.recorded, self.tags = {}, {}
         self.before = lambda step: None
 
-    def evaluate(self, config, weights, step, manifest, map_tasks):
+    def evaluate(self, weights, step, map_tasks):
         self.before(step)
-        found = {"fid_ode": float(weights["w"][0])}
-        return EvaluationResult(config.run_folder, found, (0,), {}, {}, {})
-
-    def record(self, tracking, step, evaluation):
-        self.recorded[step] = evaluation.metrics["fid_ode"]
+        self.recorded[step] = float(weights["w"][0])
+        return {"fid_ode": self.recorded[step]}
 
     def set_tag(self, key, value):
         self.tags[key] = value
@@ -74,14 +68,14 @@ def leave_snapshot(config, step):
     save_file({"w": torch.tensor([float(step)])}, path)
 
 
-def during(config):
-    return EvaluationsDuringTraining(config, None, None, use_gpu=False)
+def during(config, stage):
+    return EvaluationsDuringTraining(config, stage.evaluate, None, use_gpu=False)
 
 
 def test_every_snapshot_is_evaluated_in_order_and_removed(tmp_path, stage):
     config = digits(tmp_path)
     leave_snapshot(config, 55)  # by a launch that was stopped
-    with during(config):
+    with during(config, stage):
         leave_snapshot(config, 110)
         leave_snapshot(config, 165)
     assert list(stage.recorded.items()) == [(55, 55.0), (110, 110.0), (165, 165.0)]
@@ -91,7 +85,7 @@ def test_every_snapshot_is_evaluated_in_order_and_removed(tmp_path, stage):
 def test_training_does_not_wait_for_an_evaluation(tmp_path, stage):
     config, trained = digits(tmp_path), threading.Event()
     stage.before = lambda step: trained.wait(30) or pytest.fail("the training waited")
-    with during(config):
+    with during(config, stage):
         leave_snapshot(config, 55)
         trained.set()  # reached only if nothing waits
     assert stage.recorded == {55: 55.0}
@@ -106,7 +100,7 @@ def test_a_failed_evaluation_is_told_and_ends_nothing(tmp_path, stage, caplog):
             raise RuntimeError("the evaluator\ncrashed")
 
     stage.before = fail_at_55
-    with during(config):
+    with during(config, stage):
         leave_snapshot(config, 55)
         leave_snapshot(config, 110)
     assert stage.recorded == {110: 110.0}
@@ -114,7 +108,7 @@ def test_a_failed_evaluation_is_told_and_ends_nothing(tmp_path, stage, caplog):
     assert "evaluation at step 55 failed" in caplog.text
     # the next launch tries again
     stage.before = lambda step: None
-    with during(config):
+    with during(config, stage):
         pass
     assert stage.recorded[55] == 55.0
 
@@ -122,7 +116,7 @@ def test_a_failed_evaluation_is_told_and_ends_nothing(tmp_path, stage, caplog):
 def test_a_failed_training_leaves_its_snapshots_for_the_next_launch(tmp_path, stage):
     config, failed = digits(tmp_path), threading.Event()
     stage.before = lambda step: failed.wait(30)
-    evaluating = during(config)
+    evaluating = during(config, stage)
 
     def diverge():
         with evaluating:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cdm_ray.checkpoint import KINDS, TrainingState
-from cdm_ray.config import EMAConfig, ImageConfig, TrainConfig, load_config
+from cdm_ray.config import ImageConfig, load_config
 from cdm_ray.errors import RunFailed
 from cdm_ray.networks import build_network
 from cdm_ray.objectives.base import ImageBatch, Term
@@ -13,6 +13,7 @@ from cdm_ray.randomness import BlockRng, generator
 from cdm_ray.training.engine import Engine
 from cdm_ray.training.lanes import deal_lanes, micro_steps
 from cdm_ray.training.loop import Pass, run_loop
+from cdm_ray.training.rates import image_rates
 from tests.distributed import run_workers
 
 CONFIG = load_config(
@@ -27,6 +28,7 @@ CONFIG = load_config(
         "train.log_every=5",
         "optimizer.rampup_images=0",
         "cp.warmup_images=100",
+        "ema.halflife_images=100",
     ],
 )
 
@@ -86,9 +88,9 @@ def train(rank, world, stage, lanes_per_pass, objective=None, train_config=CONFI
         passes(schedule),
         TrainingState(0, 0, 0),
         last_step=CONFIG.steps,
+        batch=CONFIG.train.batch,
         train=train_config,
-        optimizer=CONFIG.optimizer,
-        ema=EMAConfig(halflife_images=100),
+        rates=lambda state: image_rates(CONFIG, state.samples_seen),
         hooks=recorder,
     )
     tensors = {kind: {n: t.clone() for n, t in engine.gather(kind)} for kind in KINDS}
@@ -138,9 +140,7 @@ def test_stage_workers_and_micro_steps_change_nothing(reference, world, cases):
 def test_records_are_means_per_image(reference):
     metrics = reference[1]
     assert len(metrics) == 2
-    assert {"loss/dsm", "loss/cp", "images_per_second", "steps_skipped_nonfinite"} <= set(
-        metrics[0]
-    )
+    assert {"loss/dsm", "loss/cp", "gradient_norm", "steps_skipped_nonfinite"} <= set(metrics[0])
     objective = ImageObjective(CONFIG.dsm, CONFIG.cp, CONFIG.network.sigma_data)
     network = make_network()
     terms = objective(
@@ -153,7 +153,7 @@ def test_records_are_means_per_image(reference):
 def poisoned_from(step):
     calls = {"count": 0}
 
-    def objective(model, batch, rng, images_seen):
+    def objective(model, batch, rng, samples_seen):
         calls["count"] += 1
         value = (model(batch.images, torch.ones(len(batch.images)), batch.class_labels) ** 2).sum()
         return {"dsm": Term(value * (float("nan") if calls["count"] > step else 1.0), 1.0)}
@@ -162,9 +162,7 @@ def poisoned_from(step):
 
 
 def train_poisoned(rank, world, tolerated):
-    config = TrainConfig.model_validate(
-        CONFIG.train.model_dump() | {"max_nonfinite_in_row": tolerated}
-    )
+    config = CONFIG.train.model_copy(update={"max_nonfinite_in_row": tolerated})
     try:
         train(rank, world, 1, None, poisoned_from(3), config)
     except RunFailed as failure:

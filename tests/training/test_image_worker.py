@@ -7,8 +7,8 @@ from cdm_ray.data.manifest import Manifest, ShardInfo
 from cdm_ray.data.stream import RawBatch
 from cdm_ray.objectives.augmentation import augment
 from cdm_ray.randomness import BlockRng
+from cdm_ray.training.image_worker import step_passes
 from cdm_ray.training.lanes import deal_lanes, micro_steps
-from cdm_ray.training.worker import step_passes
 
 SHARD = ShardInfo(name="a.tar", samples=32, sha256="0" * 64)
 MANIFEST = Manifest(resolution=8, channels=1, num_classes=10, shards=(SHARD,), fingerprint="0" * 64)

@@ -1,0 +1,86 @@
+"""What `jobs/train_bridge.py` prints: the plan of a run before it starts, and its results."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from cdm_ray.bridges import bridge_of
+from cdm_ray.config import BridgeConfig, to_yaml
+from cdm_ray.report import RESULTS_FILE, resources_line
+
+
+@dataclass(frozen=True)
+class BridgeSummary:
+    """`results.json` of a finished run."""
+
+    run: str
+    recipe: str
+    seed: int
+    iterations: int
+    path_steps_per_second: float | None
+    """Median while training; None if it was not measured."""
+    metrics: dict[str, float]
+    checkpoint: str
+    figures: dict[str, str]
+    ui_command: str
+
+    @classmethod
+    def load(cls, folder: Path) -> BridgeSummary:
+        return cls(**json.loads((folder / RESULTS_FILE).read_text()))
+
+    def save(self, folder: Path) -> None:
+        (folder / RESULTS_FILE).write_text(json.dumps(vars(self), indent=1))
+
+
+def print_plan(config: BridgeConfig) -> None:
+    """The resolved configuration, the resources and the cost of a run."""
+    bridge_of(config)  # refuses what cannot be trained
+    simulation, train = config.simulation, config.train
+    print(to_yaml(config), end="")
+    print(f"\nrun        {config.run_folder}")
+    print(resources_line(config.ray))
+    print(
+        f"cost       {train.iterations:,} iterations of {simulation.paths} paths with "
+        f"{simulation.steps} steps ({config.lane_paths} paths in each of {simulation.lanes} lanes),"
+        f" {train.inner_steps} optimizer step(s) on {config.pairs:,} (path, time) pairs in each"
+    )
+
+
+def print_results(folder: Path) -> None:
+    """Table of the metrics, then the checkpoint and figures, and how to open the UI."""
+    summary = BridgeSummary.load(folder)
+    console = Console(width=None if Console().is_terminal else 120)
+    count = int(summary.metrics["paths"])
+    table = Table(title=f"{summary.run}: averaged weights after {summary.iterations:,} iterations")
+    table.add_column("what")
+    table.add_column(f"value ± standard error (n={count:,} paths)", justify="right")
+    for label, name in ROWS.items():
+        if name in summary.metrics:
+            value, error = summary.metrics[name], summary.metrics.get(f"{name}_se")
+            table.add_row(label, f"{value:.5g}" + (f" ± {error:.2g}" if error is not None else ""))
+    speed = summary.path_steps_per_second
+    table.add_row("path steps per second", "-" if speed is None else f"{speed:,.0f}")
+    console.print(table)
+    print(f"checkpoint  {summary.checkpoint}")
+    for name, path in summary.figures.items():
+        print(f"{name:10}  {path}")
+    print(f"\nopen the MLflow UI:  {summary.ui_command}")
+
+
+ROWS = {
+    "KL(truth || model), nats": "kl_from_truth",
+    "KL(model || truth), nats": "kl_to_truth",
+    "share of states where the truth is known": "trusted_share",
+    "path cost, without the last step": "cost",
+    "distance from the end": "endpoint_error",
+    "effective sample size of the weights": "ess",
+    "log p(end | start) by the weights": "log_p",
+    "lower bound of log p": "log_p_bound",
+    "log p, truth": "log_p_truth",
+}
+"""What is shown of the metrics, by its label."""

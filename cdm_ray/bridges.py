@@ -1,0 +1,224 @@
+"""Bridges from their configuration, and the learned control of a checkpoint:
+
+from cdm_ray.bridges import load_control
+control = load_control("runs/double-well-3-1a2b3c4d")
+drift = control.drift(x, t)
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cdm_ray.checkpoint import CONFIG_FILE, EMA, open_newest
+from cdm_ray.config import BridgeConfig, load_config, recipe_fields
+from cdm_ray.config.bridges import SigmaSchedule
+from cdm_ray.errors import ConfigError
+from cdm_ray.evaluation.backward_grid import Grid
+from cdm_ray.evaluation.bridge_truth import CIRTruth, GaussianTruth, Truth
+from cdm_ray.evaluation.grid_truth import solve
+from cdm_ray.networks.control import BridgeControl, ControlNetwork
+from cdm_ray.objectives.bridge import ControlConsistency
+from cdm_ray.processes.bridge import Bridge
+from cdm_ray.processes.references import (
+    Brownian,
+    Cell,
+    CoxIngersollRoss,
+    DoubleWell,
+    MuellerBrown,
+    OrnsteinUhlenbeck,
+    ReferenceProcess,
+    Schedule,
+    jacobian_transpose,
+)
+from cdm_ray.processes.user_drift import drift_from
+
+STABLE = 2.0
+"""Euler steps dt on a linear drift of rate k diverge where k dt exceeds this."""
+
+
+def bridge_of(config: BridgeConfig) -> Bridge:
+    """The problem that a configuration poses, checked.
+
+    For process.kind=cir, start and end are those of X in the configuration and of Y = 2 sqrt(X) /
+    volatility, whose sigma is 1, in the bridge. Raises ConfigError if the process cannot be made, a
+    state is outside of its domain, its drift is not finite there, or the time steps are too long
+    for it.
+    """
+    process = process_of(config)
+    start, end = (
+        torch.tensor(s, dtype=torch.float64) for s in (config.bridge.start, config.bridge.end)
+    )
+    if isinstance(process, CoxIngersollRoss):
+        start, end = process.to_lamperti(start), process.to_lamperti(end)
+    bridge = Bridge(process, start, end, config.bridge.duration)
+    for name, state in (("start", start), ("end", end)):
+        given = getattr(config.bridge, name)
+        if not process.inside(state[None]).all():
+            raise ConfigError(
+                f"bridge.{name}={list(given)}: outside of the domain of process.kind="
+                f"{config.process.kind}, no path gets there"
+            )
+        if not process.drift(state[None]).isfinite().all():
+            raise ConfigError(f"bridge.{name}={list(given)}: the drift is not finite there")
+        _check_stiffness(config, process, name, state)
+    return bridge
+
+
+def process_of(config: BridgeConfig) -> ReferenceProcess:
+    """The reference process of a configuration."""
+    parameters, dim = config.process.parameters, config.dim
+    if "sigma" in parameters:
+        sigma = parameters.pop("sigma")
+        if isinstance(sigma, SigmaSchedule):
+            sigma = Schedule(sigma.times, sigma.values)
+    if isinstance(mean := parameters.get("mean"), tuple):
+        parameters["mean"] = mean[0] if len(mean) == 1 else mean
+    match config.process.kind:
+        case "brownian":
+            return Brownian(dim, sigma)
+        case "ou":
+            return OrnsteinUhlenbeck(dim, sigma, **parameters)
+        case "double-well":
+            return DoubleWell(sigma, **parameters)
+        case "cell":
+            return Cell(sigma)
+        case "mueller-brown":
+            return MuellerBrown(sigma)
+        case "cir":
+            return CoxIngersollRoss(**parameters)
+        case "user":
+            return _user_process(config, parameters["drift"], sigma)
+
+
+def _user_process(config: BridgeConfig, spec: str, sigma: float | Schedule) -> ReferenceProcess:
+    ends = [
+        torch.tensor(state, dtype=torch.float64)
+        for state in (config.bridge.start, config.bridge.end)
+    ]
+    return drift_from(spec, config.dim, sigma, *ends)
+
+
+def _check_stiffness(
+    config: BridgeConfig, process: ReferenceProcess, name: str, state: Tensor
+) -> None:
+    basis = torch.eye(config.dim, dtype=state.dtype)
+    jacobian = jacobian_transpose(process, state.expand_as(basis), basis)
+    rate = torch.linalg.matrix_norm(jacobian, 2).item()
+    dt = config.bridge.duration / config.simulation.steps
+    if rate * dt > STABLE:
+        raise ConfigError(
+            f"simulation.steps={config.simulation.steps}: steps of {dt:g} are too long for the "
+            f"drift at bridge.{name}, which changes at a rate of {rate:g}; use at least "
+            f"{math.ceil(rate * config.bridge.duration / STABLE)}, better "
+            f"{math.ceil(rate * config.bridge.duration / 0.3)}"
+        )
+
+
+def truth_of(config: BridgeConfig, bridge: Bridge, cache_folder: Path) -> Truth | None:
+    """What is known exactly about a bridge: its closed form, else the solution on `eval.grid`,
+    which is kept in the cache, else nothing."""
+    process = bridge.process
+    if isinstance(process, (Brownian, OrnsteinUhlenbeck)):
+        return GaussianTruth(process, bridge.end, bridge.duration)
+    if isinstance(process, CoxIngersollRoss):
+        return CIRTruth(process, bridge.end, bridge.duration)
+    if config.eval.grid is None:
+        return None
+    grid = Grid(**config.eval.grid.model_dump())
+    return solve(process, bridge.start, bridge.end, bridge.duration, grid, cache_folder)
+
+
+def control_of(config: BridgeConfig, bridge: Bridge) -> BridgeControl:
+    """The control with the weights that `run.seed` gives, float32, the same on every worker."""
+    network, dim = config.network, config.dim
+    form = network.form
+    if form == "auto":
+        form = "free" if dim == 1 else "gradient"
+    share = network.drift_coefficient
+    if share is None:
+        share = 0.0 if dim == 1 else 1.0
+    location: list[float] = ((bridge.start + bridge.end) / 2).tolist()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        field = ControlNetwork(
+            dim,
+            bridge.duration,
+            width=network.width,
+            depth=network.depth,
+            form=form,
+            location=_one_or_all(network.location) if network.location else location,
+            scale=_one_or_all(network.scale),
+        )
+    return BridgeControl(
+        field,
+        bridge.process,
+        bridge.end.to(torch.get_default_dtype()),
+        bridge.duration,
+        drift_coefficient=share,
+        guide=network.guide,
+        coefficient=network.coefficient,
+    )
+
+
+def consistency_of(config: BridgeConfig, bridge: Bridge) -> ControlConsistency:
+    """The loss of a configuration."""
+    control = config.control
+    auxiliary = None
+    if control.consistency == "sc1":
+        auxiliary = bridge.process
+    elif control.auxiliary is not None:
+        auxiliary = _user_process(config, control.auxiliary, 1.0)
+    return ControlConsistency(
+        bridge.process,
+        bridge.end,
+        auxiliary=auxiliary,
+        weighting=control.weighting,
+        decay=control.decay,
+        window=control.window,
+        variate=control.variate,
+    )
+
+
+def trained_control(
+    config: BridgeConfig, bridge: Bridge, weights: dict[str, Tensor], where: str
+) -> BridgeControl:
+    """The control with given weights, for use without gradient. Raises ConfigError if they are not
+    those of such a network, or of a bridge to another end; it begins with `where`."""
+    control = control_of(config, bridge).requires_grad_(False)
+    expected = {name: tensor.shape for name, tensor in control.state_dict().items()}
+    if {name: tensor.shape for name, tensor in weights.items()} != expected:
+        raise ConfigError(
+            f"{where}: its weights are not those of a control network of {config.network.width} x "
+            f"{config.network.depth} units in {config.dim} dimensions"
+        )
+    if not torch.allclose(weights["end"], control.end):
+        raise ConfigError(
+            f"{where}: its weights are of a bridge to {weights['end'].tolist()}, the process ends "
+            f"at {control.end.tolist()}"
+        )
+    control.load_state_dict(weights)
+    return control
+
+
+def load_control(folder: str | Path) -> BridgeControl:
+    """The learned control of a checkpoint, or of a run's newest one: averaged weights, float32.
+
+    Its `drift`, `score` and `control` take states [N, d] and times ([N] or 0-dim). Raises
+    ConfigError if there is no sound checkpoint of a bridge.
+    """
+    checkpoint = open_newest(Path(folder))
+    file = str(checkpoint.folder / CONFIG_FILE)
+    if not recipe_fields(file) <= set(BridgeConfig.model_fields):
+        raise ConfigError(f"{checkpoint.folder}: not a checkpoint of {BridgeConfig.JOB}")
+    config = load_config(BridgeConfig, file)
+    return trained_control(
+        config, bridge_of(config), checkpoint.tensors(EMA), str(checkpoint.folder)
+    )
+
+
+def _one_or_all(value: tuple[float, ...]) -> float | tuple[float, ...]:
+    return value[0] if len(value) == 1 else value

@@ -1,0 +1,122 @@
+"""Evaluation of a bridge's averaged weights: numbers and figures, made in one task."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cdm_ray.bridges import bridge_of, trained_control, truth_of
+from cdm_ray.config import BridgeConfig
+from cdm_ray.evaluation.bridge_figures import bridge_figures
+from cdm_ray.evaluation.bridge_metrics import BridgeEvaluation, evaluate_bridge
+from cdm_ray.evaluation.parts import write_whole
+from cdm_ray.evaluation.results import RESULTS_NAME
+from cdm_ray.evaluation.tasks import MapTasks
+from cdm_ray.processes.bridge import Bridge
+from cdm_ray.processes.references import CoxIngersollRoss
+from cdm_ray.processes.simulation import Paths
+
+LOG_DENSITIES = ("log_p", "log_p_bound", "log_p_truth")
+
+
+@dataclass(frozen=True)
+class BridgeResult:
+    """Numbers by name; figures as PNG files by name."""
+
+    metrics: dict[str, float]
+    figures: dict[str, Path]
+
+
+def evaluate_weights(
+    config: BridgeConfig,
+    weights: dict[str, Tensor],
+    where: str,
+    *,
+    cache_folder: Path,
+    out_folder: Path,
+    map_tasks: MapTasks,
+    paths: int,
+    figures: bool,
+) -> BridgeResult:
+    """Evaluate weights, which come from `where`, on `paths` paths; write `results.json`.
+
+    Raises ConfigError when the weights do not fit the configuration.
+    """
+    work = partial(_evaluate, weights=weights, where=where, cache=cache_folder)
+    target = out_folder if figures else None
+    (found,) = map_tasks(
+        partial(work, paths=paths, figures_folder=target), [config], "evaluating paths"
+    )
+    out_folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "metrics": found.metrics,
+        "figures": {name: path.name for name, path in found.figures.items()},
+    }
+    write_whole(out_folder / RESULTS_NAME, (json.dumps(content, indent=1) + "\n").encode())
+    return found
+
+
+def course_points(evaluations: Path) -> list[dict[str, Any]]:
+    """Step and metrics of every evaluation in the folder, in the order of the steps."""
+    found = []
+    for path in sorted(evaluations.glob(f"step-*/{RESULTS_NAME}")):
+        step = int(path.parent.name.removeprefix("step-"))
+        found.append({"step": step, "metrics": json.loads(path.read_text())["metrics"]})
+    return found
+
+
+def float32(bridge: Bridge) -> Bridge:
+    """The same problem with states in the precision that networks take."""
+    return Bridge(bridge.process, bridge.start.float(), bridge.end.float(), bridge.duration)
+
+
+def _evaluate(
+    config: BridgeConfig,
+    *,
+    weights: dict[str, Tensor],
+    where: str,
+    cache: Path,
+    paths: int,
+    figures_folder: Path | None,
+) -> BridgeResult:
+    bridge = bridge_of(config)
+    truth = truth_of(config, bridge, cache)
+    control = trained_control(config, bridge, weights, where)
+    bridge = float32(bridge)
+    steps = config.eval.steps
+    found = evaluate_bridge(
+        control, bridge, steps=steps, paths=paths, seed=config.eval.seed, truth=truth
+    )
+    made: dict[str, Path] = {}
+    if figures_folder is not None:
+        figures_folder.mkdir(parents=True, exist_ok=True)
+        shown = Paths(found.paths.states.to(bridge.start), found.paths.times)
+        made = bridge_figures(bridge, control.score, shown, truth, figures_folder)
+    return BridgeResult(_in_given_coordinates(bridge, found), made)
+
+
+def _in_given_coordinates(bridge: Bridge, found: BridgeEvaluation) -> dict[str, float]:
+    """Densities of X where the bridge's states are Y = 2 sqrt(X) / volatility; KL, costs and
+    weights are the same for both."""
+    process, metrics = bridge.process, dict(found.metrics)
+    if isinstance(process, CoxIngersollRoss):
+        end = bridge.end.double().item()
+        stretch = math.log(process.volatility**2 * end / 2)  # dX / dY
+        for name in LOG_DENSITIES:
+            if name in metrics:
+                metrics[name] -= stretch
+    return metrics
+
+
+def given_coordinates(bridge: Bridge, states: Tensor) -> Tensor:
+    """States in the coordinates of the configuration."""
+    process = bridge.process
+    if isinstance(process, CoxIngersollRoss):
+        return process.from_lamperti(states)
+    return states

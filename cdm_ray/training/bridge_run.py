@@ -1,0 +1,141 @@
+"""The driver of a bridge: the truth, tracking, Ray Train, evaluation, in that order."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from cdm_ray import cluster
+from cdm_ray.bridge_report import BridgeSummary
+from cdm_ray.bridges import bridge_of, truth_of
+from cdm_ray.checkpoint import EMA, checkpoint_name
+from cdm_ray.cluster import TaskResources
+from cdm_ray.config import BridgeConfig
+from cdm_ray.evaluation.bridge_evaluation import BridgeResult, course_points, evaluate_weights
+from cdm_ray.evaluation.bridge_figures import course_figure
+from cdm_ray.evaluation.launch import EVALUATIONS, evaluation_folder
+from cdm_ray.evaluation.tasks import MapTasks
+from cdm_ray.report import RESULTS_FILE
+from cdm_ray.tracking import RunHandle, Tracker, ui_command
+from cdm_ray.training.bridge_worker import train_worker
+from cdm_ray.training.evaluations import EvaluationsDuringTraining, worker_gpus
+from cdm_ray.training.launch import final_checkpoint, tracked_run, train
+
+CACHE = "truth"
+"""Folder of the solutions on grids, in `run.storage`."""
+TOLD = ("kl_from_truth", "cost", "ess")
+"""Metrics that the driver prints during training."""
+
+
+def run_bridge(config: BridgeConfig) -> Path:
+    """Train as configured, evaluate the averaged weights, record everything in MLflow.
+
+    Returns the run's folder, which then holds the results. Continues the run of the same name. Ray
+    must be initialised. Raises ConfigError for a user's mistake and RunFailed when training
+    stopped for good.
+    """
+    config = config.resolved()
+    use_gpu = cluster.uses_gpu(config.ray)
+    bridge = bridge_of(config)
+    if config.eval.grid is not None:
+        print("truth: solving the backward equation, once for this bridge", flush=True)
+    truth_of(config, bridge, cache_folder(config))  # before training: a grid may be too coarse
+    with tracked_run(config) as tracking:
+        with _evaluations(config, tracking, use_gpu):
+            speed = train(
+                config,
+                train_worker,
+                tracking,
+                gpus_per_worker=worker_gpus(config) if use_gpu else 0.0,
+            )
+        checkpoint = final_checkpoint(config)
+        step = checkpoint.state.step
+        found = evaluate_weights(
+            config,
+            checkpoint.tensors(EMA),
+            str(checkpoint.folder),
+            cache_folder=cache_folder(config),
+            out_folder=evaluation_folder(config.run_folder, checkpoint.name),
+            map_tasks=partial(cluster.map_tasks, resources=TaskResources()),
+            paths=config.eval.paths,
+            figures=True,
+        )
+        course = evaluation_folder(config.run_folder, checkpoint.name) / "course.png"
+        course_figure(course_points(config.run_folder / EVALUATIONS), course)
+        found = BridgeResult(found.metrics, found.figures | {"course": course})
+        record_evaluation(tracking, step, found, checkpoint.folder)
+        _summary(config, step, found, checkpoint.folder, speed, tracking).save(config.run_folder)
+    return config.run_folder
+
+
+def cache_folder(config: BridgeConfig) -> Path:
+    """Where solutions on grids are kept."""
+    return Path(config.run.storage) / CACHE
+
+
+def record_evaluation(
+    tracking: RunHandle, step: int, found: BridgeResult, checkpoint: Path | None = None
+) -> None:
+    """Numbers and figures on the MLflow run, at their step; and which checkpoint they are of, if
+    it is kept."""
+    tracker = Tracker(tracking)
+    try:
+        tracker.log_metrics({f"eval/{name}": v for name, v in found.metrics.items()}, step)
+        for path in found.figures.values():
+            tracker.log_figure(path)
+        if checkpoint is not None:
+            tracker.set_tag("checkpoint", str(checkpoint))
+    finally:
+        tracker.close(timeout=30.0)
+
+
+def _evaluations(
+    config: BridgeConfig, tracking: RunHandle, use_gpu: bool
+) -> AbstractContextManager[object]:
+    if config.eval.every_iterations is None:
+        return nullcontext()
+
+    def evaluate_snapshot(
+        weights: dict[str, Tensor], step: int, map_tasks: MapTasks
+    ) -> dict[str, float]:
+        found = evaluate_weights(
+            config,
+            weights,
+            f"step {step}",
+            cache_folder=cache_folder(config),
+            out_folder=evaluation_folder(config.run_folder, checkpoint_name(step)),
+            map_tasks=map_tasks,
+            paths=config.eval.course_paths,
+            figures=False,
+        )
+        record_evaluation(tracking, step, found)
+        return {name: found.metrics[name] for name in TOLD if name in found.metrics}
+
+    return EvaluationsDuringTraining(config, evaluate_snapshot, tracking, use_gpu=use_gpu)
+
+
+def _summary(
+    config: BridgeConfig,
+    step: int,
+    found: BridgeResult,
+    checkpoint: Path,
+    speed: float | None,
+    tracking: RunHandle,
+) -> BridgeSummary:
+    if speed is None and (config.run_folder / RESULTS_FILE).is_file():
+        before = BridgeSummary.load(config.run_folder)  # evaluated again, not trained
+        speed = before.path_steps_per_second
+    return BridgeSummary(
+        run=config.run_name,
+        recipe=config.recipe,
+        seed=config.run.seed,
+        iterations=step // config.train.inner_steps,
+        path_steps_per_second=speed,
+        metrics=found.metrics,
+        checkpoint=str(checkpoint),
+        figures={name: str(path) for name, path in found.figures.items()},
+        ui_command=ui_command(tracking),
+    )

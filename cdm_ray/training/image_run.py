@@ -1,0 +1,145 @@
+"""The driver of an image run: data, tracking, Ray Train, evaluation, in that order."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from cdm_ray import cluster
+from cdm_ray.checkpoint import CHECKPOINTS, EMA, Checkpoint, checkpoint_name, newest_checkpoint
+from cdm_ray.cluster import TaskResources
+from cdm_ray.config import ImageConfig
+from cdm_ray.data.manifest import Manifest, check_matches
+from cdm_ray.data.prepare import ensure_prepared
+from cdm_ray.evaluation.evaluate import EvaluationResult, evaluate
+from cdm_ray.evaluation.launch import evaluation_folder
+from cdm_ray.evaluation.tasks import MapTasks
+from cdm_ray.initial_weights import initialise
+from cdm_ray.report import RESULTS_FILE, RunSummary
+from cdm_ray.tracking import RunHandle, Tracker, ui_command
+from cdm_ray.training.evaluations import EvaluationsDuringTraining, worker_gpus
+from cdm_ray.training.image_worker import random_network, train_worker
+from cdm_ray.training.launch import final_checkpoint, tracked_run, train
+
+TOLD = ("fid_", "fd_", "cp_residual")
+"""Beginnings of the metrics that the driver prints during training."""
+
+
+def run_images(config: ImageConfig) -> Path:
+    """Train as configured, evaluate the averaged weights, record everything in MLflow.
+
+    Returns the run's folder, which then holds the results. Continues the run of the same name. Ray
+    must be initialised. Raises ConfigError for a user's mistake and RunFailed when training
+    stopped for good.
+    """
+    config = config.resolved()
+    use_gpu = cluster.uses_gpu(config.ray)
+    manifest = ensure_prepared(config.data, cluster.map_tasks)
+    check_matches(manifest, config)
+    if (
+        config.network.init is not None
+        and newest_checkpoint(config.run_folder / CHECKPOINTS) is None
+    ):
+        report = initialise(random_network(config, manifest), config.network.init)
+        print(report.summary(), flush=True)
+    with tracked_run(config) as tracking:
+        with _evaluations(config, manifest, tracking, use_gpu):
+            speed = train(
+                config,
+                train_worker,
+                tracking,
+                gpus_per_worker=worker_gpus(config) if use_gpu else 0.0,
+            )
+        checkpoint = final_checkpoint(config)
+        evaluation = evaluate_step(
+            config,
+            checkpoint.tensors(EMA),
+            checkpoint.state.step,
+            manifest,
+            partial(cluster.map_tasks, resources=TaskResources(gpus=float(use_gpu))),
+        )
+        record_evaluation(tracking, checkpoint.state.step, evaluation, checkpoint.folder)
+        _save_summary(config, tracking, checkpoint, evaluation, speed)
+    return config.run_folder
+
+
+def _evaluations(
+    config: ImageConfig, manifest: Manifest, tracking: RunHandle, use_gpu: bool
+) -> AbstractContextManager[object]:
+    if config.eval.every_kimg is None:
+        return nullcontext()
+
+    def evaluate_snapshot(
+        weights: dict[str, Tensor], step: int, map_tasks: MapTasks
+    ) -> dict[str, float]:
+        found = evaluate_step(config, weights, step, manifest, map_tasks)
+        record_evaluation(tracking, step, found)
+        return {name: v for name, v in found.metrics.items() if name.startswith(TOLD)}
+
+    return EvaluationsDuringTraining(config, evaluate_snapshot, tracking, use_gpu=use_gpu)
+
+
+def evaluate_step(
+    config: ImageConfig,
+    weights: dict[str, Tensor],
+    step: int,
+    manifest: Manifest,
+    map_tasks: MapTasks,
+) -> EvaluationResult:
+    """Evaluate averaged weights of this run."""
+    return evaluate(
+        config,
+        weights,
+        manifest,
+        cache_folder=Path(config.run.storage) / "reference",
+        out_folder=evaluation_folder(config.run_folder, checkpoint_name(step)),
+        map_tasks=map_tasks,
+    )
+
+
+def record_evaluation(
+    tracking: RunHandle, step: int, evaluation: EvaluationResult, checkpoint: Path | None = None
+) -> None:
+    """Numbers, sample grids and figures on the MLflow run, at their step; and which checkpoint
+    they are of, if it is kept."""
+    tracker = Tracker(tracking)
+    try:
+        tracker.log_metrics(
+            {f"eval/{name}": value for name, value in evaluation.metrics.items()}, step
+        )
+        for name, path in evaluation.grids.items():
+            tracker.log_image(path, f"samples_{name}", step)
+        for path in [*evaluation.figures.values(), *evaluation.grids.values()]:
+            tracker.log_figure(path)
+        if checkpoint is not None:
+            tracker.set_tag("checkpoint", str(checkpoint))
+    finally:
+        tracker.close(timeout=30.0)
+
+
+def _save_summary(
+    config: ImageConfig,
+    tracking: RunHandle,
+    checkpoint: Checkpoint,
+    evaluation: EvaluationResult,
+    speed: float | None,
+) -> None:
+    folder = config.run_folder
+    if speed is None and (folder / RESULTS_FILE).is_file():
+        speed = RunSummary.load(folder).images_per_second  # evaluated again, not trained
+    RunSummary(
+        run=config.run_name,
+        recipe=config.recipe,
+        cp_weight=config.cp.weight,
+        seed=config.run.seed,
+        images=checkpoint.state.samples_seen,
+        images_per_second=speed,
+        metrics=evaluation.metrics,
+        checkpoint=str(checkpoint.folder),
+        grids={name: str(path) for name, path in evaluation.grids.items()},
+        figures={name: str(path) for name, path in evaluation.figures.items()},
+        ui_command=ui_command(tracking),
+    ).save(folder)
