@@ -49,23 +49,32 @@ def bridge_of(config: BridgeConfig) -> Bridge:
     for it.
     """
     process = process_of(config)
-    start, end = (
-        torch.tensor(s, dtype=torch.float64) for s in (config.bridge.start, config.bridge.end)
-    )
-    if isinstance(process, CoxIngersollRoss):
-        start, end = process.to_lamperti(start), process.to_lamperti(end)
+    start, end = (_state(config, process, name) for name in ("start", "end"))
     bridge = Bridge(process, start, end, config.bridge.duration)
     for name, state in (("start", start), ("end", end)):
-        given = getattr(config.bridge, name)
-        if not process.inside(state[None]).all():
+        drift = process.drift(state[None])[0]
+        if not drift.isfinite().all():
+            given = list(getattr(config.bridge, name))
             raise ConfigError(
-                f"bridge.{name}={list(given)}: outside of the domain of process.kind="
-                f"{config.process.kind}, no path gets there"
+                f"bridge.{name}={given}: the drift of process.kind={config.process.kind} is "
+                f"{drift.tolist()} there; choose a state where it is finite"
             )
-        if not process.drift(state[None]).isfinite().all():
-            raise ConfigError(f"bridge.{name}={list(given)}: the drift is not finite there")
         _check_stiffness(config, process, name, state)
     return bridge
+
+
+def _state(config: BridgeConfig, process: ReferenceProcess, name: str) -> Tensor:
+    """`bridge.start` or `bridge.end` as the process has it, float64 [d]."""
+    given = getattr(config.bridge, name)
+    state = torch.tensor(given, dtype=torch.float64)
+    if not isinstance(process, CoxIngersollRoss):
+        return state
+    if not (state > 0).all():
+        raise ConfigError(
+            f"bridge.{name}={list(given)}: outside of the domain of process.kind=cir, no path gets "
+            "there; its states are positive"
+        )
+    return process.to_lamperti(state)
 
 
 def process_of(config: BridgeConfig) -> ReferenceProcess:
@@ -91,15 +100,9 @@ def process_of(config: BridgeConfig) -> ReferenceProcess:
         case "cir":
             return CoxIngersollRoss(**parameters)
         case "user":
-            return _user_process(config, parameters["drift"], sigma)
-
-
-def _user_process(config: BridgeConfig, spec: str, sigma: float | Schedule) -> ReferenceProcess:
-    ends = [
-        torch.tensor(state, dtype=torch.float64)
-        for state in (config.bridge.start, config.bridge.end)
-    ]
-    return drift_from(spec, config.dim, sigma, *ends)
+            ends = (config.bridge.start, config.bridge.end)
+            start, end = (torch.tensor(state, dtype=torch.float64) for state in ends)
+            return drift_from(parameters["drift"], config.dim, sigma, start, end)
 
 
 def _check_stiffness(
@@ -108,14 +111,18 @@ def _check_stiffness(
     basis = torch.eye(config.dim, dtype=state.dtype)
     jacobian = jacobian_transpose(process, state.expand_as(basis), basis)
     rate = torch.linalg.matrix_norm(jacobian, 2).item()
-    dt = config.bridge.duration / config.simulation.steps
-    if rate * dt > STABLE:
-        raise ConfigError(
-            f"simulation.steps={config.simulation.steps}: steps of {dt:g} are too long for the "
-            f"drift at bridge.{name}, which changes at a rate of {rate:g}; use at least "
-            f"{math.ceil(rate * config.bridge.duration / STABLE)}, better "
-            f"{math.ceil(rate * config.bridge.duration / 0.3)}"
-        )
+    duration = config.bridge.duration
+    for field, steps in (
+        ("simulation.steps", config.simulation.steps),
+        ("eval.steps", config.eval.steps),
+    ):
+        if rate * duration / steps > STABLE:
+            raise ConfigError(
+                f"{field}={steps}: steps of {duration / steps:g} are too long for the drift at "
+                f"bridge.{name}, which changes at a rate of {rate:g}; use at least "
+                f"{math.ceil(rate * duration / STABLE)}, better "
+                f"{math.ceil(rate * duration / 0.3)}"
+            )
 
 
 def truth_of(config: BridgeConfig, bridge: Bridge, cache_folder: Path) -> Truth | None:
@@ -171,7 +178,7 @@ def consistency_of(config: BridgeConfig, bridge: Bridge) -> ControlConsistency:
     if control.consistency == "sc1":
         auxiliary = bridge.process
     elif control.auxiliary is not None:
-        auxiliary = _user_process(config, control.auxiliary, 1.0)
+        auxiliary = drift_from(control.auxiliary, config.dim, 1.0, bridge.start, bridge.end)
     return ControlConsistency(
         bridge.process,
         bridge.end,
@@ -192,8 +199,9 @@ def trained_control(
     expected = {name: tensor.shape for name, tensor in control.state_dict().items()}
     if {name: tensor.shape for name, tensor in weights.items()} != expected:
         raise ConfigError(
-            f"{where}: its weights are not those of a control network of {config.network.width} x "
-            f"{config.network.depth} units in {config.dim} dimensions"
+            f"{where}: its weights are not those of a {control.network.form} control network of "
+            f"{config.network.depth} layers of {config.network.width} units in {config.dim} "
+            "dimensions"
         )
     if not torch.allclose(weights["end"], control.end):
         raise ConfigError(
@@ -207,7 +215,8 @@ def trained_control(
 def load_control(folder: str | Path) -> BridgeControl:
     """The learned control of a checkpoint, or of a run's newest one: averaged weights, float32.
 
-    Its `drift`, `score` and `control` take states [N, d] and times ([N] or 0-dim). Raises
+    Its `drift`, `score` and `control` take states [N, d] and times ([N] or 0-dim); for
+    process.kind=cir the states are Y = 2 sqrt(X) / volatility, as in `control.process`. Raises
     ConfigError if there is no sound checkpoint of a bridge.
     """
     checkpoint = open_newest(Path(folder))

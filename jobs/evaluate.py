@@ -1,33 +1,71 @@
-"""Evaluate the averaged weights of a checkpoint: FID, KID, precision, recall, drift, samples."""
+"""Evaluate a checkpoint's averaged weights: FID, KID, precision, recall, drift and samples of an
+image run; KL where the truth is known, importance weights and figures of a bridge."""
 
+import json
 import sys
 from functools import partial
 
 from cdm_ray import cluster
-from cdm_ray.checkpoint import Checkpoint
+from cdm_ray.bridge_report import ROWS
+from cdm_ray.checkpoint import EMA, Checkpoint
 from cdm_ray.cli import run_checkpoint_job
-from cdm_ray.config import ImageConfig
-from cdm_ray.evaluation.launch import evaluate_checkpoint, print_plan
-from cdm_ray.evaluation.results import print_evaluation
+from cdm_ray.config import BridgeConfig, ImageConfig
+from cdm_ray.evaluation import launch
+from cdm_ray.evaluation.bridge_evaluation import evaluate_weights
+from cdm_ray.evaluation.npz import short_digest
+from cdm_ray.evaluation.results import RESULTS_NAME, print_evaluation
+from cdm_ray.training.bridge_run import CACHE
 
 EXAMPLES = """
 python jobs/evaluate.py runs/ffhq-64-1a2b3c4d eval.images=50k eval.first_seeds=[0,50000,100000]
 python jobs/evaluate.py runs/ffhq-64-1a2b3c4d/checkpoints/step-00781250 --dry-run
 python jobs/evaluate.py runs/cifar10-cond-5e6f7a8b eval.reference=cifar10-32x32.npz
+python jobs/evaluate.py runs/double-well-3-9c0d1e2f eval.paths=10k eval.seed=1
 Running the same command again after a kill continues, and ends with the same numbers.
 """
 
 
-def main(config: ImageConfig, checkpoint: Checkpoint, dry_run: bool) -> None:
+def images(config: ImageConfig, checkpoint: Checkpoint, dry_run: bool) -> None:
     if dry_run:
-        print_plan(config, checkpoint)
+        launch.print_plan(config, checkpoint)
         return
     with cluster.connected(config.ray):
         resources = cluster.task_resources(config.ray)
         map_tasks = partial(cluster.map_tasks, resources=resources)
-        result = evaluate_checkpoint(config, checkpoint, map_tasks)
+        result = launch.evaluate_checkpoint(config, checkpoint, map_tasks)
     print_evaluation(result)
 
 
+def bridge(config: BridgeConfig, checkpoint: Checkpoint, dry_run: bool) -> None:
+    asked = config.eval.model_dump(mode="json", include={"paths", "steps", "seed", "grid"})
+    # A folder for each set of settings, in that of what training found out at this step.
+    key = short_digest(json.dumps(asked, sort_keys=True))
+    folder = launch.evaluation_folder(checkpoint.run_folder, checkpoint.name) / key
+    print(f"checkpoint  {checkpoint.folder}, averaged weights")
+    print(f"settings    {', '.join(f'eval.{name}={value}' for name, value in asked.items())}")
+    print(f"results     {folder / RESULTS_NAME}", flush=True)
+    if dry_run:
+        return
+    with cluster.connected(config.ray):
+        found = evaluate_weights(
+            config,
+            checkpoint.tensors(EMA),
+            str(checkpoint.folder),
+            cache_folder=checkpoint.run_folder.parent / CACHE,
+            out_folder=folder,
+            map_tasks=cluster.map_tasks,
+            paths=config.eval.paths,
+            figures=True,
+        )
+    for label, name in ROWS.items():
+        if name in found.metrics:
+            error = found.metrics.get(f"{name}_se")
+            told = "" if error is None else f" ± {error:.2g}"
+            print(f"{label:42}  {found.metrics[name]:.5g}{told}")
+    for name, path in found.figures.items():
+        print(f"{name:10}  {path}")
+
+
 if __name__ == "__main__":
-    sys.exit(run_checkpoint_job({ImageConfig: main}, description=__doc__, examples=EXAMPLES))
+    mains = {ImageConfig: images, BridgeConfig: bridge}
+    sys.exit(run_checkpoint_job(mains, description=__doc__, examples=EXAMPLES))

@@ -152,8 +152,9 @@ class SimulationConfig(Section):
     lanes: Annotated[int, Field(ge=1)] = 8
     """Parts of the paths with their own random numbers; a power of two. The result of a run
     depends on it, and not on the number of workers, which may be at most this."""
-    pinned: bool = True
-    """Give the noise the variance of a Brownian bridge to the end: fewer steps are as exact."""
+    scheme: Literal["guided", "euler"] = "guided"
+    """guided: exact for the guide to the end, of second order for the rest; euler: Euler-Maruyama.
+    Both call the network once a step."""
     replay: Count = 0
     """Earlier rollouts that an iteration's paths are drawn from, besides its own."""
 
@@ -228,6 +229,9 @@ class BridgeEvalConfig(Section):
     grid: GridConfig | None = None
     """Grid for the truth of a process of 1 or 2 dimensions that has no closed form; None: without
     truth where there is none."""
+    format: Literal["npz", "parquet"] = "npz"
+    """What `jobs/sample.py` writes paths as: npz, arrays; parquet, a table with a row for each path
+    and step, for which pyarrow has to be installed."""
 
 
 class BridgeConfig(JobConfig):
@@ -317,11 +321,17 @@ class BridgeConfig(JobConfig):
                 "simulation.replay and anneal.sigma: paths of another sigma teach another bridge; "
                 "use one of the two"
             )
-        if self.network.guide == "none" and self.anneal.tolerance:
-            raise ValueError(
-                "anneal.tolerance softens the guide; with network.guide=none there is none: set "
-                "anneal.tolerance=0"
-            )
+        if self.network.guide == "none":
+            if self.anneal.tolerance:
+                raise ValueError(
+                    "anneal.tolerance softens the guide; with network.guide=none there is none: "
+                    "set anneal.tolerance=0"
+                )
+            if self.simulation.scheme == "guided":
+                raise ValueError(
+                    "simulation.scheme=guided steps along the guide; with network.guide=none set "
+                    "simulation.scheme=euler"
+                )
         return self
 
     def _check_dimensions(self) -> None:

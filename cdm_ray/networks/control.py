@@ -75,7 +75,7 @@ class ControlNetwork(torch.nn.Module):
                 self.out.bias.zero_()
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """The field at x [N, d] and t ([N] or 0-dim), [N, d]."""
+        """The field at x [..., d], [..., d]; the shape of t broadcasts with that of x but for d."""
         inputs = self._inputs_of_units(x, t)
         if self.form == "free":
             return self.out(silu(inputs[-1]))
@@ -88,13 +88,13 @@ class ControlNetwork(torch.nn.Module):
         return (slope @ self.from_state.weight) / self.scale
 
     def potential(self, x: Tensor, t: Tensor) -> Tensor:
-        """phi at x [N, d] and t, of which the form "gradient" is the gradient: [N]."""
+        """phi at x [..., d] and t, of which the form "gradient" is the gradient: [...]."""
         if self.form != "gradient":
             raise ConfigError("a free control network has no potential; use form=gradient")
         return self.out(silu(self._inputs_of_units(x, t)[-1])).squeeze(-1)
 
     def _inputs_of_units(self, x: Tensor, t: Tensor) -> list[Tensor]:
-        """What each hidden layer passes to its SiLU, first to last, [N, width]."""
+        """What each hidden layer passes to its SiLU, first to last, [..., width]."""
         state = self.from_state((x - self.location) / self.scale)
         inputs = [state + self.from_time(self._waves(t.to(x.dtype)))]
         for layer in self.hidden:
@@ -102,11 +102,11 @@ class ControlNetwork(torch.nn.Module):
         return inputs
 
     def _waves(self, t: Tensor) -> Tensor:
-        """t ([N] or 0-dim) -> [N or 1, features]."""
-        share = t.reshape(-1, 1) / self.horizon
+        """t [...] -> [..., features]."""
+        share = t[..., None] / self.horizon
         order = torch.arange(1, FREQUENCIES + 1, dtype=t.dtype, device=t.device)
         phase = math.pi * order * share
-        return torch.cat([2 * share - 1, phase.sin(), phase.cos()], dim=1)
+        return torch.cat([2 * share - 1, phase.sin(), phase.cos()], dim=-1)
 
 
 class BridgeControl(torch.nn.Module):
@@ -119,7 +119,7 @@ class BridgeControl(torch.nn.Module):
     the guide is then (end - x) / (horizon - t + tolerance^2 / sigma^2).
     In d >= 2 the score is a gradient only if NN is, and if b is too or drift_coefficient is 1.
 
-    States x are [N, d], times t [N] or 0-dim.
+    States x are [..., d]; the shape of times t broadcasts with theirs but for d.
     """
 
     end: Tensor
@@ -151,11 +151,11 @@ class BridgeControl(torch.nn.Module):
         self.register_buffer("end", end.detach().clone())
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """The score g = (drift - b) / sigma^2: what the losses train, [N, d]."""
-        sigma = self.process.sigma(t).to(x.dtype).reshape(-1, 1)
+        """The score g = (drift - b) / sigma^2: what the losses train, [..., d]."""
+        sigma = self._sigma(x, t)
         steered = self._guide(x, t)
         if self.drift_coefficient != 1:
-            more = (self.drift_coefficient - 1) * self.process.drift(x)
+            more = (self.drift_coefficient - 1) * self._reference_drift(x)
             steered = more if steered is None else steered + more
         learned = self._learned(x, t) / sigma
         return learned if steered is None else learned + steered / sigma**2
@@ -165,27 +165,27 @@ class BridgeControl(torch.nn.Module):
         return self(x, t)
 
     def control(self, x: Tensor, t: Tensor) -> Tensor:
-        """u = sigma g, [N, d]."""
-        return self.process.sigma(t).to(x.dtype).reshape(-1, 1) * self(x, t)
+        """u = sigma g, [..., d]."""
+        return self._sigma(x, t) * self(x, t)
 
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
-        """drift_theta = b + a g, which simulates the bridge, [N, d]."""
-        sigma = self.process.sigma(t).to(x.dtype).reshape(-1, 1)
-        drift = sigma * self._learned(x, t)
-        guide = self._guide(x, t)
-        if guide is not None:
-            drift = drift + guide
+        """drift_theta = b + a g, which simulates the bridge, [..., d]."""
+        guide, rest = self._guide(x, t), self.rest(x, t)
+        return rest if guide is None else rest + guide
+
+    def rest(self, x: Tensor, t: Tensor) -> Tensor:
+        """drift_theta without the guide, [..., d]."""
+        rest = self._sigma(x, t) * self._learned(x, t)
         if self.drift_coefficient != 0:
-            drift = drift + self.drift_coefficient * self.process.drift(x)
-        return drift
+            rest = rest + self.drift_coefficient * self._reference_drift(x)
+        return rest
 
     def _guide(self, x: Tensor, t: Tensor) -> Tensor | None:
         if self.guide == "none":
             return None
-        left = (self.horizon - t).clamp(min=NEAREST * self.horizon).to(x.dtype).reshape(-1, 1)
+        left = (self.horizon - t).clamp(min=NEAREST * self.horizon).to(x.dtype)[..., None]
         if self.tolerance:
-            sigma = self.process.sigma(t).to(x.dtype).reshape(-1, 1)
-            left = left + (self.tolerance / sigma) ** 2
+            left = left + (self.tolerance / self._sigma(x, t)) ** 2
         return (self.end - x) / left
 
     def _learned(self, x: Tensor, t: Tensor) -> Tensor:
@@ -193,7 +193,15 @@ class BridgeControl(torch.nn.Module):
         field = self.network(x, t)
         if self.coefficient == "one":
             return field
-        return (self.horizon - t).clamp(min=0).sqrt().to(x.dtype).reshape(-1, 1) * field
+        return (self.horizon - t).clamp(min=0).sqrt().to(x.dtype)[..., None] * field
+
+    def _sigma(self, x: Tensor, t: Tensor) -> Tensor:
+        """sigma(t) in the dtype of x, [..., 1]."""
+        return self.process.sigma(t).to(x.dtype)[..., None]
+
+    def _reference_drift(self, x: Tensor) -> Tensor:
+        """b at x [..., d]; a process takes [N, d]."""
+        return self.process.drift(x.reshape(-1, x.shape[-1])).reshape(x.shape)
 
 
 def _silu_slope(z: Tensor) -> Tensor:

@@ -36,9 +36,11 @@ CHUNK_ROWS = 2**15
 class ControlConsistency:
     """Targets F_k of the score at every state X_k of a path, and the loss |g_theta - F_k|^2.
 
-    With the step P_k v = v + (grad f_k)^T v dt + (grad b_k - grad f_k)^T g_k dt, the end's score
-    a^-1 ((end - X_{K-1}) / dt - b) as F_{K-1} and g_{K-1}, and B_k below, backwards
-    F_k = P_k (B_k F_{k+1} + (1 - B_k) g_{k+1}).
+    With the end's score a^-1 ((end - X_{K-1}) / dt - b) as F_{K-1} and g_{K-1}, and B_k below,
+    backwards F_k = P_k (B_k F_{k+1} + (1 - B_k) g_{k+1}). A step P_k v = J_k^T (v + s_{k+1}) + s_k
+    has the running cost s_k = (grad b_k - grad f_k)^T g_k dt / 2 at its two ends, the
+    trapezoidal rule, and J_k = I + (f_k + f_{k+1}) dt / 2 + f_{k+1} f_k dt^2 / 2, f for grad f,
+    Heun's rule: with the left ends alone the error is of first order in dt.
     """
 
     process: ReferenceProcess
@@ -75,7 +77,7 @@ class ControlConsistency:
 
     @torch.no_grad()
     def targets(self, score: Field, paths: Paths) -> Tensor:
-        """F [K, N, d] by the scores score(x [n, d], t [n]), without gradient."""
+        """F [K, N, d] by the scores score(x [k, N, d], t [k, 1]), without gradient."""
         scores, variate = self.scores(score, paths)
         return self.sweep(paths, scores, variate)
 
@@ -83,12 +85,12 @@ class ControlConsistency:
     def scores(self, score: Field, paths: Paths) -> tuple[Tensor, Tensor | None]:
         """g_k [K, N, d] and, unless variate="none", (grad g) n_k [K - 1, N, d]."""
         x = paths.states[:-1]
-        times = paths.times[:-1, None].expand(x.shape[:2])
+        times = paths.times[:-1, None]
         scores = _in_chunks(score, x, times)
         if self.variate == "none":
             return scores, None
         if self.variate == "innovation":
-            drift = _in_chunks(self.process.drift, x) + self._sigma(paths) ** 2 * scores
+            drift = _by_rows(self.process.drift, x) + self._sigma(paths) ** 2 * scores
             noise = paths.states.diff(dim=0) - drift * paths.steps
         elif paths.increments is not None:
             noise = self._sigma(paths) * paths.increments
@@ -109,22 +111,27 @@ class ControlConsistency:
     def sweep(self, paths: Paths, scores: Tensor, variate: Tensor | None = None) -> Tensor:
         """F [K, N, d] by what `scores` returns."""
         known = torch.cat([scores[:-1], self.anchor(paths)[None]])
-        states, dt, source = paths.states[:-2], paths.steps, self._source(paths, scores[:-1])
-        noise = torch.zeros_like(source) if variate is None else variate
+        noise = torch.zeros_like(known[:-1]) if variate is None else variate
+        x, dt = paths.states[:-1], paths.steps[:-1]
+        # What the noise of a step does to the cost at its end is subtracted with it.
+        cost = self._running_cost(x[:-1], known[:-1]) * dt / 2
+        cost_at_end = self._running_cost(x[1:], known[1:] - noise) * dt / 2
         if self.weighting == "window":
             result = known
-            for _ in range(min(self.window, len(source))):
-                moved = self._transported(states, result[1:] - noise, dt[:-1]) + source
+            for _ in range(min(self.window, len(dt))):
+                later = result[1:] - noise + cost_at_end
+                moved = self._transported(x[:-1], x[1:], later, dt) + cost
                 result = torch.cat([moved, known[-1:]])
             return result
         kept = self._kept(paths)
         result = torch.empty_like(known)
         result[-1] = known[-1]
-        for k in range(len(source) - 1, -1, -1):
+        for k in range(len(dt) - 1, -1, -1):
             later = result[k + 1]
             if self.weighting != "inclusive":
                 later = torch.lerp(known[k + 1], later, kept[k])
-            later = self._transported(states[k], later - noise[k], dt[k]) + source[k]
+            later = later - noise[k] + cost_at_end[k]
+            later = self._transported(x[k], x[k + 1], later, dt[k]) + cost[k]
             result[k] = (
                 torch.lerp(known[k], later, kept[k]) if self.weighting == "inclusive" else later
             )
@@ -163,27 +170,36 @@ class ControlConsistency:
             case _:
                 return ratio
 
-    def _source(self, paths: Paths, scores: Tensor) -> Tensor:
-        """(grad b_k - grad f_k)^T g_k dt for k = 0 .. K - 2."""
+    def _running_cost(self, x: Tensor, scores: Tensor) -> Tensor:
+        """(grad b - grad f)^T g at x, both [K, N, d]."""
         if self.auxiliary is self.process:
             return torch.zeros_like(scores)
-        x = paths.states[:-2]
-        pull = _in_chunks(lambda x, v: jacobian_transpose(self.process, x, v), x, scores)
-        if self.auxiliary is not None:
-            f = self.auxiliary
-            pull = pull - _in_chunks(lambda x, v: jacobian_transpose(f, x, v), x, scores)
-        return pull * paths.steps[:-1]
+        pull = _by_rows(lambda x, v: jacobian_transpose(self.process, x, v), x, scores)
+        return pull if self.auxiliary is None else pull - self._pull_back(x, scores)
 
-    def _transported(self, x: Tensor, v: Tensor, dt: Tensor) -> Tensor:
-        """v + (grad f)^T v dt at x; all [..., N, d]."""
-        f = self.auxiliary
-        if f is None:
+    def _transported(self, x: Tensor, x_next: Tensor, v: Tensor, dt: Tensor) -> Tensor:
+        """J^T v of the step from x to x_next; all [..., N, d]."""
+        if self.auxiliary is None:
             return v
-        return v + dt * _in_chunks(lambda x, v: jacobian_transpose(f, x, v), x, v)
+        slope = self._pull_back(x_next, v)
+        return v + dt / 2 * (slope + self._pull_back(x, v + dt * slope))
+
+    def _pull_back(self, x: Tensor, v: Tensor) -> Tensor:
+        """(grad f)^T v at x; all [..., N, d]."""
+        f = self.auxiliary
+        assert f is not None
+        return _by_rows(lambda x, v: jacobian_transpose(f, x, v), x, v)
 
 
 def _in_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """function of tensors [..., N, d] or [..., N] taken as rows, `CHUNK_ROWS` at a time."""
+    """function of tensors [K, ...], some times of all paths at once, at most `CHUNK_ROWS` rows."""
+    size = max(1, CHUNK_ROWS // tensors[0].shape[1])
+    chunks = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    return torch.cat([function(*chunk) for chunk in chunks])
+
+
+def _by_rows(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """function of tensors [N, d], of tensors [..., N, d] taken as rows, `CHUNK_ROWS` at a time."""
     lead = tensors[0].shape[:-1]
-    rows = [tensor.reshape(-1, *tensor.shape[len(lead) :]).split(CHUNK_ROWS) for tensor in tensors]
+    rows = [tensor.reshape(-1, tensor.shape[-1]).split(CHUNK_ROWS) for tensor in tensors]
     return torch.cat([function(*chunk) for chunk in zip(*rows, strict=True)]).unflatten(0, lead)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 Field = Callable[[Tensor, Tensor], Tensor]
-"""field(x, t): what drives the process at state x [N, ...] and time t ([N] or 0-dim)."""
+"""field(x, t): what drives the process at state x [N, ...] and time t ([N] or 0-dim). Scores of
+bridges take any shape: x [..., d], and times whose shape broadcasts with its own but for d."""
 Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """step(x, f, t, t_next, noise): the next state, from the field's value f and standard noise."""
 DrawNoise = Callable[[], Tensor]

@@ -62,6 +62,55 @@ def simulate(
     return Paths(states, times, increments)
 
 
+@torch.no_grad()
+def simulate_guided(
+    rest: Field,
+    end: Tensor,
+    process: ReferenceProcess,
+    start: Tensor,
+    times: Tensor,
+    noise: Tensor,
+    *,
+    tolerance: float = 0.0,
+) -> Paths:
+    """Paths of dX = ((end - X) / (T - t) + rest(X, t)) dt + sigma(t) dB from `start` [N, d] at
+    times [K + 1], T the last of them; one call of `rest` per step. Nothing has a gradient.
+
+    The guide to `end` [d] is linear, so its step is exact, with the Brownian bridge's noise, of
+    which `noise` [K, N, d] is the standard normal; with L = T - t_k and L' = T - t_{k+1},
+
+        X_{k+1} = X_k + (end - X_k) dt / L + w (r_k + r_{k+1}) / 2 + sigma sqrt(dt L' / L) noise_k
+
+    and w = L' log(L / L'), which is the whole of it for a constant rest. r_{k+1} is the rest at the
+    state that r_k alone leads to: a Heun step whose second evaluation serves as the first one of
+    the next, so that a step costs what an Euler step does. Weakly of second order in dt. The last
+    step ends at `end`. A `tolerance` adds (tolerance / sigma)^2 to L and L', as in `BridgeControl`.
+    """
+    sigmas = process.sigma(times[:-1]).to(start.dtype)
+    slack = (tolerance / sigmas.double()) ** 2
+    left = (times[-1] - times[:-1]).double() + slack
+    left_after = (times[-1] - times[1:]).double() + slack
+    lengths = times.diff().double()
+    pulls = (lengths / left).tolist()
+    increments = (lengths * left_after / left).sqrt().to(start.dtype).reshape(-1, 1, 1) * noise
+    kicks = sigmas.reshape(-1, 1, 1) * increments
+    gained = torch.xlogy(left_after, left / left_after.clamp(min=1e-300)).tolist()
+    end = end.to(start)
+    states = start.new_empty(len(times), *start.shape)
+    states[0] = x = start
+    value = rest(start, times[0])
+    for k, (pull, w) in enumerate(zip(pulls, gained, strict=True)):
+        guided = torch.lerp(x, end, pull).add_(kicks[k])
+        if k < len(pulls) - 1:
+            later = rest(torch.add(guided, value, alpha=w), times[k + 1])
+            x = guided.add_(value.add_(later), alpha=w / 2)
+            value = later
+        else:
+            x = guided.add_(value, alpha=w)
+        states[k + 1] = x
+    return Paths(states, times, increments)
+
+
 def _step(x: Tensor, drift: Tensor, t: Tensor, t_next: Tensor, kick: Tensor) -> Tensor:
     return x + drift * (t_next - t) + kick
 

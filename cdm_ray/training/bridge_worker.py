@@ -23,7 +23,7 @@ from cdm_ray.objectives.base import Term
 from cdm_ray.objectives.bridge import ControlConsistency
 from cdm_ray.processes.annealing import Annealed
 from cdm_ray.processes.bridge import Bridge
-from cdm_ray.processes.simulation import Paths, check_paths, simulate
+from cdm_ray.processes.simulation import Paths, check_paths, simulate, simulate_guided
 from cdm_ray.randomness import BlockRng
 from cdm_ray.training.engine import Engine
 from cdm_ray.training.lanes import deal_lanes
@@ -155,14 +155,19 @@ class BridgeRun:
         config = self.config
         count = len(self.lanes) * config.lane_paths
         noise = rng.normal(count, config.simulation.steps, config.dim).transpose(0, 1)
-        paths = simulate(
-            self.average.drift,
-            self.process,
-            self.start.expand(count, -1),
-            self.times,
-            noise,
-            pinned=config.simulation.pinned,
-        )
+        start = self.start.expand(count, -1)
+        if config.simulation.scheme == "guided":
+            paths = simulate_guided(
+                self.average.rest,
+                self.average.end,
+                self.process,
+                start,
+                self.times,
+                noise,
+                tolerance=self.average.tolerance,
+            )
+        else:
+            paths = simulate(self.average.drift, self.process, start, self.times, noise)
         check_paths(paths, self.process, f"iteration {iteration}")
         return self.replay.exchanged(paths, rng)
 

@@ -45,14 +45,14 @@ AUXILIARY = {"SC1": PROCESS, "SC2": None, "other": OTHER}
 
 def closed_form(x, t):
     """g of the bridge: X_T given x is normal, with mean exp(M tau) x and variance v."""
-    tau = (T - t).reshape(-1, 1)
+    tau = (T - t)[..., None]
     angle, shrink = TURN * tau, (-RATE * tau).exp()
     variance = A * (1 - shrink**2) / (2 * RATE)
 
     def turned(y, sign):
         s = sign * angle.sin()
-        return torch.cat([angle.cos() * y[:, :1] - s * y[:, 1:],
-                          s * y[:, :1] + angle.cos() * y[:, 1:]], dim=1)  # fmt: skip
+        return torch.cat([angle.cos() * y[..., :1] - s * y[..., 1:],
+                          s * y[..., :1] + angle.cos() * y[..., 1:]], dim=-1)  # fmt: skip
 
     return shrink * turned(END - shrink * turned(x, 1), -1) / variance
 
@@ -61,7 +61,8 @@ def closed_form(x, t):
 class ChainScore:
     """G_k(x) = shift_k - slope_k x: what the Euler chain of the bridge has for g, exactly.
 
-    The fixed point of G_k = (I + grad f dt)^T E G_{k+1}(X') + (grad b - grad f)^T G_k dt with
+    The fixed point of G_k = J^T (I + S) E G_{k+1}(X') + S G_k, S = (grad b - grad f)^T dt / 2 and
+    J = I + f dt + (f dt)^2 / 2 with f for grad f, and
     X' = x + (b + a G_k) dt + noise, from the step that leads to the end. With it targets have no
     error of the grid, and 3 standard errors are 3 standard errors.
     """
@@ -75,14 +76,15 @@ class ChainScore:
         move = EYE + M * dt
         shifts, slopes = [END / (A * dt)], [move / (A * dt)]
         for _ in range(steps - 1):
-            left = (EYE + f * dt).T
-            system = EYE + A * dt * left @ slopes[0] - dt * (M - f).T
+            cost = dt / 2 * (M - f).T
+            left = (EYE + f * dt + f @ f * dt**2 / 2).T @ (EYE + cost)
+            system = EYE + A * dt * left @ slopes[0] - cost
             shifts.insert(0, torch.linalg.solve(system, left @ shifts[0]))
             slopes.insert(0, torch.linalg.solve(system, left @ slopes[0] @ move))
         return cls(torch.stack(shifts), torch.stack(slopes))
 
     def __call__(self, x, t):
-        k = (t * len(self.shift) / T).round().long().expand(len(x))
+        k = (t * len(self.shift) / T).round().long().expand(x.shape[:-1])
         return self.shift[k] - (self.slope[k] @ x[..., None]).squeeze(-1)
 
 
@@ -182,6 +184,9 @@ def by_hand(paths, score, variate, fault=""):
         mixed = share * targets[0] + (1 - share) * g[k + 1]
         if variate:
             mixed = mixed + SIGMA * paths.increments[k] @ score.slope[k + 1].T
+        later = g[k + 1]
+        if variate:
+            later = later + SIGMA * paths.increments[k] @ score.slope[k + 1].T
         match fault:
             case "controlled Jacobian":
                 moved = mixed + dt * mixed @ (M - A * score.slope[k])
@@ -190,11 +195,15 @@ def by_hand(paths, score, variate, fault=""):
             case "transposed":
                 moved = mixed + dt * mixed @ M.T
             case "SC2":
+                moved = mixed + dt / 2 * (g[k] + later) @ M
+            case "cost at the beginnings alone":
                 moved = mixed + dt * g[k] @ M
             case "wrong sign of the running term":
-                moved = mixed - dt * g[k] @ M
-            case _:
+                moved = mixed - dt / 2 * (g[k] + later) @ M
+            case "first order in the Jacobian":
                 moved = mixed + dt * mixed @ M
+            case _:
+                moved = mixed + dt * (mixed + dt / 2 * mixed @ M) @ M
         targets.insert(0, moved)
     return torch.stack(targets)
 
@@ -216,7 +225,9 @@ def test_targets_are_those_written_by_hand(transport, variate):
         ("transposed", "SC1"),
         ("sigma dropped", "SC1"),
         ("anchor one step early", "SC1"),
+        ("first order in the Jacobian", "SC1"),
         ("wrong sign of the running term", "SC2"),
+        ("cost at the beginnings alone", "SC2"),
     ],
 )
 def test_wrong_targets_are_off_by_many_standard_errors(fault, transport):
@@ -240,7 +251,7 @@ def test_without_drift_inclusive_average_is_right_after_one_sweep_from_any_start
     process = Brownian(2, SIGMA)
 
     def off(x, t):
-        return torch.cat([3 * (x[:, 1:] * 2).sin(), -x[:, :1] * t.reshape(-1, 1) + 1], dim=1)
+        return torch.cat([3 * (x[..., 1:] * 2).sin(), -x[..., :1] * t[..., None] + 1], dim=-1)
 
     paths = drive(off, process=process)
     left = (T - paths.times[:-1])[:, None, None]
@@ -286,7 +297,7 @@ class Small(torch.nn.Module):
         self.layer = torch.nn.Linear(2, 2)
 
     def forward(self, x, t):
-        return self.layer(x) * t.reshape(-1, 1).to(x.dtype)
+        return self.layer(x) * t[..., None].to(x.dtype)
 
 
 def bytes_kept(iteration):
@@ -374,7 +385,7 @@ def test_sigma_may_depend_on_time():
     left = a.flip(0).cumsum(0).flip(0)
 
     def score(x, t):
-        return (END - x) / left[(t * K / T).round().long()].reshape(-1, 1)
+        return (END - x) / left[(t * K / T).round().long()][..., None]
 
     paths = drive(score, process=process)
     truth = torch.stack([score(x, t) for x, t in zip(paths.states, times[:-1], strict=False)])

@@ -1,0 +1,177 @@
+"""What an iteration of a bridge's training costs, and how it grows.
+
+`python benchmarks/bridge_step.py` measures one process with one thread, writes
+benchmarks/results/bridge_step.json and prints a table, which `python benchmarks/bridges.py --table`
+puts into docs/bridges.md. `--quick` only shows that it works.
+
+The worker's simulation (its noise and the check of its paths included) is timed in turn with the
+bare evaluation of the drift at the same states, one call per time step. Goal: at most 1.3 times it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.alone import Training, group_of_one
+from cdm_ray.config import BridgeConfig, load_config
+from cdm_ray.networks.control import BridgeControl
+from cdm_ray.processes.simulation import Paths
+from cdm_ray.randomness import BlockRng
+
+RESULTS = Path(__file__).parent / "results" / "bridge_step.json"
+COMMAND = "python benchmarks/bridge_step.py"
+GOAL = 1.3
+REPEATS = 9
+PATHS, STEPS, DIM = 128, 200, 2
+"""Where one of the three is varied, the others are these."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A size of the problem; `dim` None: the recipe double-well-3, else OU from 1 to -1."""
+
+    dim: int | None = DIM
+    paths: int = PATHS
+    steps: int = STEPS
+
+    @property
+    def problem(self) -> str:
+        return "double well" if self.dim is None else f"OU, {self.dim}-D"
+
+    def config(self) -> BridgeConfig:
+        sizes = [f"simulation.paths={self.paths}", f"simulation.steps={self.steps}"]
+        if self.dim is None:
+            return load_config(BridgeConfig, "double-well-3", sizes)
+        ends = [f"bridge.start={[1.0] * self.dim}", f"bridge.end={[-1.0] * self.dim}"]
+        return load_config(BridgeConfig, None, ["process.kind=ou", *ends, *sizes])
+
+
+CASES = [
+    Case(dim=None),
+    *(Case(dim=dim) for dim in (DIM, 5, 20, 100)),
+    *(Case(paths=paths) for paths in (32, 64, 256, 512)),
+    *(Case(steps=steps) for steps in (100, 500, 1000)),
+]
+QUICK = [Case(dim=None, paths=8, steps=20), Case(paths=8, steps=20)]
+
+
+def measure(case: Case, repeats: int) -> dict[str, Any]:
+    """Milliseconds of every part of an iteration, and the ratio of the simulation to the bare
+    drift: all in turn, `repeats` times, medians and ranges. This process must be in a group."""
+    config = case.config()
+    training = Training(config)
+    run = training.run
+    training.advance(config.train.inner_steps)  # warm-up; sets the anneals
+    (step,) = next(run.passes(training.engine, 0))
+    batch = step.batch
+    lanes = range(config.simulation.lanes)
+    rng = BlockRng.for_lanes(config.run.seed, 1, lanes, torch.device("cpu"))
+    parts: dict[str, Callable[[], object]] = {
+        "drift": lambda: bare_drift(run.average, batch.paths),
+        "simulation": lambda: run._paths(rng, 1),
+        "targets": lambda: run.consistency.targets(run.average, batch.paths),
+        "optimizer": lambda: training.learn(batch, rng),
+        "iteration": lambda: training.advance(config.train.inner_steps),
+    }
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    for repeat in range(-1, repeats):  # the first is warm-up
+        for name in parts if repeat % 2 else reversed(parts):
+            begin = time.perf_counter()
+            parts[name]()
+            if repeat >= 0:
+                times[name].append(time.perf_counter() - begin)
+    ratios = [a / b for a, b in zip(times["simulation"], times["drift"], strict=True)]
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "problem": case.problem,
+        "paths": case.paths,
+        "steps": case.steps,
+        "path_steps_per_second": case.paths * case.steps / medians["simulation"],
+        "simulation_over_drift": {
+            "median": statistics.median(ratios),
+            "low": min(ratios),
+            "high": max(ratios),
+        },
+        "milliseconds": {name: 1000 * value for name, value in medians.items()},
+    }
+
+
+@torch.no_grad()
+def bare_drift(control: BridgeControl, paths: Paths) -> None:
+    """The drift at the states of paths, one call per time step."""
+    for x, t in zip(paths.states[:-1], paths.times[:-1], strict=True):
+        control.drift(x, t)
+
+
+def table(measured: dict[str, Any]) -> str:
+    """Markdown: a line for each case."""
+    versions = ", ".join(f"{name} {number}" for name, number in measured["versions"].items())
+    ratios = [case["simulation_over_drift"]["median"] for case in measured["cases"]]
+    lines = [
+        f"Medians (ranges) of {measured['repeats']} repeats, everything in turn, in one process "
+        f"with one thread on {measured['machine']}; {versions}; {measured['date']}. Simulation / "
+        "drift is the time of the worker's simulation, noise and checks included, over that of the "
+        f"bare drift at the same states, one call per time step: at most {max(ratios):.2f}, goal "
+        f"{GOAL}. The iteration, with {measured['inner_steps']} optimizer step on all (path, time) "
+        f"pairs, is measured as a whole, its parts by themselves. By `{measured['command']}`.",
+        "",
+        "| problem | paths | steps | simulation / drift | path-steps per second "
+        "| simulation, ms | targets, ms | optimizer step, ms | iteration, ms |",
+        "|---" * 9 + "|",
+    ]
+    for case in measured["cases"]:
+        ratio, parts = case["simulation_over_drift"], case["milliseconds"]
+        spread = f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+        costs = [parts[name] for name in ("simulation", "targets", "optimizer", "iteration")]
+        lines.append(
+            f"| {case['problem']} | {case['paths']} | {case['steps']} | {spread} "
+            f"| {case['path_steps_per_second']:,.0f} | "
+            + " | ".join(f"{cost:.1f}" for cost in costs)
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def measure_all(cases: list[Case], repeats: int) -> dict[str, Any]:
+    """Every case after the other, with what a reader has to know of the measurement."""
+    with group_of_one():
+        found = [measure(case, repeats) for case in cases]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": COMMAND,
+        "machine": platform.machine(),
+        "versions": {name: version(name) for name in ("torch", "deepspeed")},
+        "repeats": repeats,
+        "inner_steps": cases[0].config().train.inner_steps,
+        "cases": found,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes; writes nothing")
+    if parser.parse_args().quick:
+        print(table(measure_all(QUICK, 1)))
+        return
+    measured = measure_all(CASES, REPEATS)
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(measured, indent=1))
+    print(table(measured))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
