@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
-
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it on import
 
 from cdm_ray.bridges import control_of
 from cdm_ray.checkpoint import TrainingState
@@ -18,12 +15,13 @@ from cdm_ray.config import BridgeConfig
 from cdm_ray.randomness import BlockRng
 from cdm_ray.training.bridge_worker import BridgeRun, PairBatch
 from cdm_ray.training.engine import Engine
-from cdm_ray.training.loop import run_loop
+from cdm_ray.training.loop import Record, run_loop
 from cdm_ray.training.rates import bridge_rates
 
 
 def join_group_of_one() -> None:
-    """Make this process the only one of its training, with one thread."""
+    """Make this process the only one of its training, with one thread on the CPU."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it on import
     os.environ |= {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -37,12 +35,6 @@ def group_of_one() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-class SilentHooks:
-    def record(self, record: Any) -> None: ...
-
-    def after_step(self, state: Any) -> None: ...
 
 
 class Training:
@@ -61,9 +53,14 @@ class Training:
         self._passes = self.run.passes(self.engine, 0)
         self._state = TrainingState(0, 0, 0)
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that were made; at a failure, those before it."""
+        return self._state.step
+
     def advance(self, steps: int) -> None:
         """Optimizer steps as a worker makes them. Raises RunFailed."""
-        self._state = run_loop(
+        run_loop(
             self.engine,
             self.run.objective,
             self._passes,
@@ -72,8 +69,15 @@ class Training:
             batch=self.config.pairs,
             train=self.config.train,
             rates=lambda state: bridge_rates(self.config, state.step),
-            hooks=SilentHooks(),
+            hooks=self,
         )
+
+    def record(self, record: Record) -> None:
+        """Hook of the loop."""
+
+    def after_step(self, state: TrainingState) -> None:
+        """Hook of the loop."""
+        self._state = state
 
     def learn(self, batch: PairBatch, rng: BlockRng) -> None:
         """One optimizer step on given pairs, which changes no weight but costs what others do."""

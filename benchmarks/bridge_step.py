@@ -70,8 +70,8 @@ QUICK = [Case(dim=None, paths=8, steps=20), Case(paths=8, steps=20)]
 
 
 def measure(case: Case, repeats: int) -> dict[str, Any]:
-    """Milliseconds of every part of an iteration, and the ratio of the simulation to the bare
-    drift: all in turn, `repeats` times, medians and ranges. This process must be in a group."""
+    """CPU time of the parts of an iteration, and the ratio of the simulation to the bare drift: all
+    in turn, `repeats` times, medians and ranges. This process must be in a group."""
     config = case.config()
     training = Training(config)
     run = training.run
@@ -90,10 +90,10 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in parts}
     for repeat in range(-1, repeats):  # the first is warm-up
         for name in parts if repeat % 2 else reversed(parts):
-            begin = time.perf_counter()
+            begin = time.process_time()
             parts[name]()
             if repeat >= 0:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(time.process_time() - begin)
     ratios = [a / b for a, b in zip(times["simulation"], times["drift"], strict=True)]
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {
@@ -122,11 +122,11 @@ def table(measured: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in measured["versions"].items())
     ratios = [case["simulation_over_drift"]["median"] for case in measured["cases"]]
     lines = [
-        f"Medians (ranges) of {measured['repeats']} repeats, everything in turn, in one process "
-        f"with one thread on {measured['machine']}; {versions}; {measured['date']}. Simulation / "
-        "drift is the time of the worker's simulation, noise and checks included, over that of the "
-        f"bare drift at the same states, one call per time step: at most {max(ratios):.2f}, goal "
-        f"{GOAL}. The iteration, with {measured['inner_steps']} optimizer step on all (path, time) "
+        f"Medians (ranges) of {measured['repeats']} repeats, everything in turn; CPU time of one "
+        f"process with one thread on {measured['machine']}; {versions}; {measured['date']}. "
+        "Simulation / drift is the time of the worker's simulation, noise and checks included, "
+        "over that of the bare drift at the same states, one call per time step: at most "
+        f"{max(ratios):.2f}, goal {GOAL}. The iteration, with {measured['inner_steps']} optimizer step on all (path, time) "
         f"pairs, is measured as a whole, its parts by themselves. By `{measured['command']}`.",
         "",
         "| problem | paths | steps | simulation / drift | path-steps per second "
@@ -174,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

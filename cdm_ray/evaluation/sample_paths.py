@@ -3,8 +3,8 @@
 paths.npz       times [K + 1], states [paths, K + 1, d] float32, log_weights [paths]
 paths.parquet   a row for each path and step: path, step, time, x0, x1, ..., log_weight
 
-States are in the coordinates of the configuration. The weights are against the Euler chain of the
-reference process, see `log_weights` of `cdm_ray/evaluation/bridge_metrics.py`: with w =
+States, and the density of the end, are in the coordinates of the configuration. The weights are
+against the Euler chain of the reference process, see `log_weights` in bridge_metrics.py: with w =
 exp(log_weight), the mean of w is an unbiased estimate of its p(end | start), that of w f(path) one
 of p(end | start) E[f(path) | end] for every f of the states before the last one, and their ratio is
 the bridge's mean of f. The last state is where the model went, next to the end.
@@ -46,7 +46,7 @@ from cdm_ray.randomness import generator
 
 STREAM = 6
 """First part of the seeds of the noise drawn here."""
-CHUNK = 256
+CHUNK = 512
 """Paths that are simulated together, each chunk from noise of its own: what is in memory at once.
 Fixed, since the noise depends on it."""
 
@@ -194,8 +194,8 @@ def _parquet(
 ) -> AbstractContextManager[Append]:
     # Imported here: it takes long, only this needs it, and it comes with MLflow alone.
     try:
-        import pyarrow
-        import pyarrow.parquet
+        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow.parquet  # type: ignore[import-untyped]
     except ImportError as error:
         raise ConfigError(
             f"eval.format=parquet needs pyarrow ({error}); install it, or use eval.format=npz"

@@ -7,12 +7,12 @@ a = sigma^2 and the score g = grad log p(X_T = end | X_t = x); its control is u 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import linear, silu
 
 from cdm_ray.errors import ConfigError
 
@@ -76,9 +76,17 @@ class ControlNetwork(torch.nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """The field at x [..., d], [..., d]; the shape of t broadcasts with that of x but for d."""
-        inputs = self._inputs_of_units(x, t)
+        return self.field(x, self.of_time(t.to(x.dtype)))
+
+    def of_time(self, t: Tensor) -> Tensor:
+        """What the first layer has of the times t [...]: [..., width]."""
+        return linear(self._waves(t), self.from_time.weight)
+
+    def field(self, x: Tensor, of_time: Tensor) -> Tensor:
+        """The field at x [..., d] and the times of which `of_time` was computed."""
+        inputs = self._inputs_of_units(x, of_time)
         if self.form == "free":
-            return self.out(silu(inputs[-1]))
+            return linear(silu(inputs[-1]), self.out.weight, self.out.bias)
         # The chain rule from phi back to x, written out: it costs what autograd would, but is an
         # ordinary forward pass, which trains, has a jvp and simulates without building a graph.
         slope = self.out.weight * _silu_slope(inputs[-1])
@@ -91,14 +99,17 @@ class ControlNetwork(torch.nn.Module):
         """phi at x [..., d] and t, of which the form "gradient" is the gradient: [...]."""
         if self.form != "gradient":
             raise ConfigError("a free control network has no potential; use form=gradient")
-        return self.out(silu(self._inputs_of_units(x, t)[-1])).squeeze(-1)
+        inputs = self._inputs_of_units(x, self.of_time(t.to(x.dtype)))
+        return self.out(silu(inputs[-1])).squeeze(-1)
 
-    def _inputs_of_units(self, x: Tensor, t: Tensor) -> list[Tensor]:
+    def _inputs_of_units(self, x: Tensor, of_time: Tensor) -> list[Tensor]:
         """What each hidden layer passes to its SiLU, first to last, [..., width]."""
-        state = self.from_state((x - self.location) / self.scale)
-        inputs = [state + self.from_time(self._waves(t.to(x.dtype)))]
+        first = self.from_state
+        # Not layer(x): a module's call costs as much as its product on few rows.
+        inputs = [linear((x - self.location) / self.scale, first.weight, first.bias) + of_time]
         for layer in self.hidden:
-            inputs.append(layer(silu(inputs[-1])))
+            assert isinstance(layer, torch.nn.Linear)
+            inputs.append(linear(silu(inputs[-1]), layer.weight, layer.bias))
         return inputs
 
     def _waves(self, t: Tensor) -> Tensor:
@@ -157,7 +168,7 @@ class BridgeControl(torch.nn.Module):
         if self.drift_coefficient != 1:
             more = (self.drift_coefficient - 1) * self._reference_drift(x)
             steered = more if steered is None else steered + more
-        learned = self._learned(x, t) / sigma
+        learned = self._strength(t.to(x.dtype)) * self.network(x, t) / sigma**2
         return learned if steered is None else learned + steered / sigma**2
 
     def score(self, x: Tensor, t: Tensor) -> Tensor:
@@ -175,10 +186,27 @@ class BridgeControl(torch.nn.Module):
 
     def rest(self, x: Tensor, t: Tensor) -> Tensor:
         """drift_theta without the guide, [..., d]."""
-        rest = self._sigma(x, t) * self._learned(x, t)
+        return self._rest(x, self._strength(t.to(x.dtype)), self.network.of_time(t.to(x.dtype)))
+
+    def rest_on(self, times: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """rest(x, k) = `rest` at x [N, d] and times[k], for simulations: what depends on the time
+        alone is computed once for all, with the weights of now."""
+        times = times.to(self.end.dtype)
+        strengths, of_times = self._strength(times).unbind(), self.network.of_time(times).unbind()
+        return lambda x, k: self._rest(x, strengths[k], of_times[k])
+
+    def _rest(self, x: Tensor, strength: Tensor, of_time: Tensor) -> Tensor:
+        rest = strength * self.network.field(x, of_time)
         if self.drift_coefficient != 0:
             rest = rest + self.drift_coefficient * self._reference_drift(x)
         return rest
+
+    def _strength(self, t: Tensor) -> Tensor:
+        """coefficient sigma at the times t [...]: [..., 1]."""
+        strength = self.process.sigma(t)
+        if self.coefficient == "sqrt":
+            strength = strength * (self.horizon - t).clamp(min=0).sqrt()
+        return strength[..., None]
 
     def _guide(self, x: Tensor, t: Tensor) -> Tensor | None:
         if self.guide == "none":
@@ -187,13 +215,6 @@ class BridgeControl(torch.nn.Module):
         if self.tolerance:
             left = left + (self.tolerance / self._sigma(x, t)) ** 2
         return (self.end - x) / left
-
-    def _learned(self, x: Tensor, t: Tensor) -> Tensor:
-        """coefficient NN."""
-        field = self.network(x, t)
-        if self.coefficient == "one":
-            return field
-        return (self.horizon - t).clamp(min=0).sqrt().to(x.dtype)[..., None] * field
 
     def _sigma(self, x: Tensor, t: Tensor) -> Tensor:
         """sigma(t) in the dtype of x, [..., 1]."""

@@ -18,6 +18,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cdm_ray.errors import ConfigError
 from cdm_ray.objectives.consistency import regress
@@ -101,7 +102,9 @@ class ControlConsistency:
             )
 
         def derivative(x: Tensor, t: Tensor, n: Tensor) -> Tensor:
-            return torch.func.jvp(lambda y: score(y, t), (x,), (n,))[1]
+            with forward_ad.dual_level():
+                tangent = forward_ad.unpack_dual(score(forward_ad.make_dual(x, n), t)).tangent
+            return torch.zeros_like(x) if tangent is None else tangent
 
         # At t_{k+1}, since it is g_{k+1} that the noise of the step reaches: where g is linear
         # nothing of it is left, while grad g at t_k misses by a share dt / (T - t).

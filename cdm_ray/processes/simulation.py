@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -64,7 +65,7 @@ def simulate(
 
 @torch.no_grad()
 def simulate_guided(
-    rest: Field,
+    rest: Callable[[Tensor, int], Tensor],
     end: Tensor,
     process: ReferenceProcess,
     start: Tensor,
@@ -74,7 +75,8 @@ def simulate_guided(
     tolerance: float = 0.0,
 ) -> Paths:
     """Paths of dX = ((end - X) / (T - t) + rest(X, t)) dt + sigma(t) dB from `start` [N, d] at
-    times [K + 1], T the last of them; one call of `rest` per step. Nothing has a gradient.
+    times [K + 1], T the last of them; one call of rest(x, k), which is at times[k], per step.
+    Nothing has a gradient.
 
     The guide to `end` [d] is linear, so its step is exact, with the Brownian bridge's noise, of
     which `noise` [K, N, d] is the standard normal; with L = T - t_k and L' = T - t_{k+1},
@@ -98,11 +100,11 @@ def simulate_guided(
     end = end.to(start)
     states = start.new_empty(len(times), *start.shape)
     states[0] = x = start
-    value = rest(start, times[0])
+    value = rest(start, 0)
     for k, (pull, w) in enumerate(zip(pulls, gained, strict=True)):
         guided = torch.lerp(x, end, pull).add_(kicks[k])
         if k < len(pulls) - 1:
-            later = rest(torch.add(guided, value, alpha=w), times[k + 1])
+            later = rest(torch.add(guided, value, alpha=w), k + 1)
             x = guided.add_(value.add_(later), alpha=w / 2)
             value = later
         else:

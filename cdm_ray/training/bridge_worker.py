@@ -158,7 +158,7 @@ class BridgeRun:
         start = self.start.expand(count, -1)
         if config.simulation.scheme == "guided":
             paths = simulate_guided(
-                self.average.rest,
+                self.average.rest_on(self.times),
                 self.average.end,
                 self.process,
                 start,

@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 
+from cdm_ray.training import bridge_worker
 from cdm_ray.training import image_worker as worker_module
 from cdm_ray.training.image_worker import train_worker
 
@@ -57,3 +58,19 @@ def diverging_worker(options):
 
     worker_module.ImageObjective.__call__ = objective
     return train_worker(options)
+
+
+def killed_bridge_worker(options):
+    """As bridge_worker.train_worker, but rank 1 dies by SIGKILL once, in the middle of a step, in
+    the second half of an iteration."""
+    marker = Path(options["assignment"].config["run"]["storage"]) / "killed"
+    original = bridge_worker.BridgeRun.objective
+
+    def objective(self, model, batch, rng, samples_seen):
+        if samples_seen == 64 * 9 and os.environ["RANK"] == "1" and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, model, batch, rng, samples_seen)
+
+    bridge_worker.BridgeRun.objective = objective
+    return bridge_worker.train_worker(options)

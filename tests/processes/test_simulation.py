@@ -82,7 +82,11 @@ def guided(rest, steps, noise, *, process=None, start=None, tolerance=0.0, end=N
     end = torch.tensor([0.4, 0.2], dtype=torch.float64) if end is None else end
     process = process or Brownian(2, 0.7)
     start = start.expand(noise.shape[1], -1)
-    return simulate_guided(rest, end, process, start, times, noise, tolerance=tolerance)
+    return simulate_guided(on(rest, times), end, process, start, times, noise, tolerance=tolerance)
+
+
+def on(field, times):
+    return lambda x, k: field(x, times[k])
 
 
 def still(x, t):
@@ -160,7 +164,7 @@ def test_guided_paths_have_the_law_of_a_bridge_with_a_linear_rest():
     noise = torch.randn(steps, number, 1, generator=torch.Generator().manual_seed(0)).double()
     times = torch.linspace(0, duration, steps + 1, dtype=torch.float64)
     starts = start.expand(number, -1)
-    own = simulate_guided(rest, end, process, starts, times, noise).states[steps // 2]
+    own = simulate_guided(on(rest, times), end, process, starts, times, noise).states[steps // 2]
     t = duration / 2
 
     def variance(length):
@@ -201,7 +205,7 @@ def test_a_tolerance_softens_the_guide():
     )
     longer = torch.cat([noise, torch.zeros(1, 3, 2)])
     end = torch.tensor([0.4, 0.2], dtype=torch.float64)
-    whole = simulate_guided(still, end, Brownian(2, 0.7), soft.states[0], times, longer)
+    whole = simulate_guided(on(still, times), end, Brownian(2, 0.7), soft.states[0], times, longer)
     torch.testing.assert_close(soft.states, whole.states[:-1], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(soft.increments, whole.increments[:-1], rtol=1e-12, atol=1e-12)
 
