@@ -38,11 +38,17 @@ class Interval:
 
     def __str__(self) -> str:
         """The width to two digits, the mean as far; three digits without a width."""
-        size, digits = (abs(self.mean), 3) if not self.half_width else (self.half_width, 2)
-        decimals = max(0, digits - 1 - math.floor(math.log10(size))) if size > 0 else 0
-        if self.half_width is None:
-            return f"{self.mean:.{decimals}f}"
+        if not self.half_width:
+            return f"{self.mean:.{_decimals(self.mean, 3)}f}"
+        decimals = _decimals(self.half_width, 2)
         return f"{self.mean:.{decimals}f} ± {self.half_width:.{decimals}f}"
+
+
+def _decimals(value: float, digits: int) -> int:
+    """Decimals that show so many digits of a number, at most 6."""
+    if value == 0:
+        return 0
+    return min(6, max(0, digits - 1 - math.floor(math.log10(abs(value)))))
 
 
 COLUMNS = {
@@ -170,10 +176,9 @@ def _draw_row(panel: Axes, row: int, runs: list[Result]) -> None:
 
 FIGURE = "bridges_kl.png"
 INTRODUCTION = """\
-Mean and 95 % interval (Student) over {seeds} seeds of the weights, of all noise in training and in
-evaluation. Runs have {share:g} of the recipe's iterations, so that these numbers compare variants
-and are not what a recipe reaches; further changes of all recipes: {settings}. In bold: the setting
-of the recipe.
+Mean and 95 % interval (Student) over seeds: of the weights, and of all noise in training and in
+evaluation. Runs are short, so that these numbers compare variants and are not what a recipe
+reaches. In bold: the setting of the recipe.
 
 - KL(truth ‖ model) and KL(model ‖ truth), in nats, along paths of the first of both: the first is
   large where the model misses ways that the bridge takes, the second where it takes ways that the
@@ -183,8 +188,8 @@ of the recipe.
 - ESS: effective sample size of the importance weights of the model's paths against the reference
   process, as a share of these paths, which are counted beside it. For rejection: the share of free
   paths that end within {near:g} σ √T of the end.
-- log p: log p(end | start) by the mean of these weights; its bound is the mean of their logarithm,
-  which lies below log p in expectation.
+- log p: log p(end | start) of the Euler chain by the mean of these weights; its bound is the mean
+  of their logarithm, which lies below log p in expectation.
 - CPU s: training in one process with one thread, without the evaluation. Rivals that are not
   trained draw weighted paths for as long as the recipe's own variant trains; rejection is tried
   where more than {feasible:g} of the free paths end near the end.
@@ -193,7 +198,7 @@ of the recipe.
 
 
 def write_document(about: dict[str, Any], results: list[Result], path: Path) -> None:
-    """The document and, beside it, its figure; `about` as the benchmark's results have it."""
+    """The document and, beside it, its figure; `about` each recipe as the results have it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     recipes = by_recipe(results)
     figure = draw(recipes, path.with_name(FIGURE))
@@ -202,37 +207,33 @@ def write_document(about: dict[str, Any], results: list[Result], path: Path) -> 
 
 def document(about: dict[str, Any], recipes: dict[str, Groups], *, figure: bool) -> str:
     """Markdown: introduction, figure, a table for each recipe, cost of an iteration."""
-    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     parts = [
         "What the variants of the control-consistency loss reach in equal short runs, and rivals "
-        f"at equal CPU time: measured, and written here, by `{about['command']}` "
-        f"({about['date']}, {versions}).",
+        "at equal CPU time: measured, and written here, by `python benchmarks/bridges.py`.",
         "# Bridges: variants and rivals",
-        INTRODUCTION.format(
-            seeds=about["seeds"],
-            share=about["share"],
-            settings=", ".join(f"`{setting}`" for setting in about["settings"]),
-            near=NEAR,
-            feasible=FEASIBLE,
-        ),
+        INTRODUCTION.format(near=NEAR, feasible=FEASIBLE),
     ]
     if figure:
         parts.append(f"![KL of every variant]({FIGURE})")
     for recipe, groups in recipes.items():
-        parts += section(recipe, groups, tuple(about["recipes"][recipe]))
+        parts += section(recipe, groups, about[recipe])
     if bridge_step.RESULTS.is_file():
         measured = json.loads(bridge_step.RESULTS.read_text())
         parts += ["## Cost of an iteration", bridge_step.table(measured)]
     return "\n\n".join(parts) + "\n"
 
 
-def section(recipe: str, groups: Groups, settings: tuple[str, ...]) -> Iterator[str]:
+def section(recipe: str, groups: Groups, about: dict[str, Any]) -> Iterator[str]:
+    settings = tuple(about["settings"])
     config = load_config(BridgeConfig, recipe, list(settings))
     simulation = config.simulation
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     yield f"## {recipe}"
     yield (
-        f"{config.dim}-dimensional, T = {config.bridge.duration:g}; {config.train.iterations:,} "
-        f"iterations of {simulation.paths} paths with {simulation.steps} steps; evaluated on "
-        f"{config.eval.paths:,} paths with {config.eval.steps} steps; {truth_line(groups)}."
+        f"{config.dim}-dimensional, T = {config.bridge.duration:g}; {truth_line(groups)}. "
+        f"{config.train.iterations:,} iterations ({about['share']:g} of the recipe's) of "
+        f"{simulation.paths} paths with {simulation.steps} steps, {about['seeds']} seeds; "
+        f"evaluated on {config.eval.paths:,} paths with {config.eval.steps} steps."
     )
     yield table(groups, own_variant(recipe, settings))
+    yield f"By `{about['command']}`, {about['date']}, {versions}."

@@ -82,6 +82,7 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
     rng = BlockRng.for_lanes(config.run.seed, 1, lanes, torch.device("cpu"))
     parts: dict[str, Callable[[], object]] = {
         "drift": lambda: bare_drift(run.average, batch.paths),
+        "calls": lambda: bare_calls(run.average, batch.paths),
         "simulation": lambda: run._paths(rng, 1),
         "targets": lambda: run.consistency.targets(run.average, batch.paths),
         "optimizer": lambda: training.learn(batch, rng),
@@ -94,20 +95,22 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
             parts[name]()
             if repeat >= 0:
                 times[name].append(time.process_time() - begin)
-    ratios = [a / b for a, b in zip(times["simulation"], times["drift"], strict=True)]
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {
         "problem": case.problem,
         "paths": case.paths,
         "steps": case.steps,
         "path_steps_per_second": case.paths * case.steps / medians["simulation"],
-        "simulation_over_drift": {
-            "median": statistics.median(ratios),
-            "low": min(ratios),
-            "high": max(ratios),
-        },
+        "simulation_over_drift": ratios(times["simulation"], times["drift"]),
+        "simulation_over_calls": ratios(times["simulation"], times["calls"]),
         "milliseconds": {name: 1000 * value for name, value in medians.items()},
     }
+
+
+def ratios(top: list[float], bottom: list[float]) -> dict[str, float]:
+    """Median and range of the ratios within the repeats."""
+    values = [a / b for a, b in zip(top, bottom, strict=True)]
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 @torch.no_grad()
@@ -117,33 +120,50 @@ def bare_drift(control: BridgeControl, paths: Paths) -> None:
         control.drift(x, t)
 
 
+@torch.no_grad()
+def bare_calls(control: BridgeControl, paths: Paths) -> None:
+    """The calls that the simulation makes, at the states of paths."""
+    rest = control.rest_on(paths.times)
+    for k, x in enumerate(paths.states[:-1]):
+        rest(x, k)
+
+
 def table(measured: dict[str, Any]) -> str:
     """Markdown: a line for each case."""
     versions = ", ".join(f"{name} {number}" for name, number in measured["versions"].items())
-    ratios = [case["simulation_over_drift"]["median"] for case in measured["cases"]]
+    largest = max(case["simulation_over_drift"]["median"] for case in measured["cases"])
     lines = [
         f"Medians (ranges) of {measured['repeats']} repeats, everything in turn; CPU time of one "
         f"process with one thread on {measured['machine']}; {versions}; {measured['date']}. "
         "Simulation / drift is the time of the worker's simulation, noise and checks included, "
         "over that of the bare drift at the same states, one call per time step: at most "
-        f"{max(ratios):.2f}, goal {GOAL}. The iteration, with {measured['inner_steps']} optimizer step on all (path, time) "
+        f"{largest:.2f}, goal {GOAL}. The simulation computes what depends on the time alone at "
+        "once for all steps; simulation / calls is its time over that of its own network calls "
+        f"alone. The iteration, with {measured['inner_steps']} optimizer step on all (path, time) "
         f"pairs, is measured as a whole, its parts by themselves. By `{measured['command']}`.",
         "",
-        "| problem | paths | steps | simulation / drift | path-steps per second "
-        "| simulation, ms | targets, ms | optimizer step, ms | iteration, ms |",
-        "|---" * 9 + "|",
+        "| problem | paths | steps | simulation / drift | simulation / calls "
+        "| path-steps per second | simulation, ms | targets, ms | optimizer step, ms "
+        "| iteration, ms |",
+        "|---" * 10 + "|",
     ]
     for case in measured["cases"]:
-        ratio, parts = case["simulation_over_drift"], case["milliseconds"]
-        spread = f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+        parts = case["milliseconds"]
         costs = [parts[name] for name in ("simulation", "targets", "optimizer", "iteration")]
-        lines.append(
-            f"| {case['problem']} | {case['paths']} | {case['steps']} | {spread} "
-            f"| {case['path_steps_per_second']:,.0f} | "
-            + " | ".join(f"{cost:.1f}" for cost in costs)
-            + " |"
-        )
+        cells = [
+            case["problem"],
+            str(case["paths"]),
+            str(case["steps"]),
+            *(spread(case[f"simulation_over_{what}"]) for what in ("drift", "calls")),
+            f"{case['path_steps_per_second']:,.0f}",
+            *(f"{cost:.1f}" for cost in costs),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def spread(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
 
 
 def measure_all(cases: list[Case], repeats: int) -> dict[str, Any]:

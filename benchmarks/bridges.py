@@ -4,8 +4,9 @@
 in all variants with `--seeds` seeds, at a share of the recipe's iterations, then gives rivals that
 need no training as many CPU seconds as the recipe's own variant trained for. Each result goes into
 benchmarks/results/bridges.json at once, so that the same command continues what was interrupted;
-a result is made again when the configuration behind it has changed. Last it writes docs/bridges.md
-and its figure; `--table` does only that.
+a result is made again when the configuration behind it has changed (after a change of the code,
+remove the file). Recipes may be measured by several commands, each with its own `--share`. Last it
+writes docs/bridges.md and its figure; `--table` does only that.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import os
 import shlex
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from multiprocessing import forkserver, get_context
@@ -48,9 +49,9 @@ DOCUMENT = ROOT / "docs" / "bridges.md"
 COMMAND = "python benchmarks/bridges.py"
 VERSIONS = ("torch", "deepspeed")
 
-SHARE = 0.1
+SHARE = 0.2
 """Of a recipe's iterations."""
-SETTINGS = ("eval.paths=1000", "eval.steps=400")
+SETTINGS = ("simulation.paths=32", "eval.paths=1000", "eval.steps=200")
 """What differs from the recipes in all variants."""
 
 
@@ -60,6 +61,7 @@ class Store:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.about: dict[str, Any] = {}
+        """What was measured by recipe, as `main` writes it."""
         self._results: dict[tuple[str, str, int], Result] = {}
         if path.is_file():
             content = json.loads(path.read_text())
@@ -88,7 +90,7 @@ class Store:
     def results(self) -> list[Result]:
         """In the order of recipes and variants."""
         order = [*VARIANTS, *RIVALS, REJECTION]
-        names = list(self.about["recipes"])
+        names = list(self.about)
         return sorted(
             (r for r in self._results.values() if r.recipe in names and r.variant in order),
             key=lambda r: (names.index(r.recipe), order.index(r.variant), r.seed),
@@ -120,19 +122,27 @@ def perform_all(tasks: list[Task], store: Store, submit: Callable[..., Future[Re
     for number, future in enumerate(as_completed(futures), 1):
         result = future.result()
         store.add(result)
-        what = result.failure or f"KL {result.metrics.get('kl_from_truth', math.nan):.4g}"
+        shown = ("kl_from_truth", "ess", "log_p")
+        numbers = [f"{name} {result.metrics[name]:.4g}" for name in shown if name in result.metrics]
+        what = result.failure or ", ".join(numbers)
         name = f"{result.recipe}: {result.variant}, seed {result.seed}"
         print(f"{number}/{len(missing)} {name}: {what}, {result.seconds:.1f} s", flush=True)
 
 
-def processes_of_groups(count: int) -> ProcessPoolExecutor:
-    """Processes that can train, each by itself."""
+@contextmanager
+def processes_of_groups(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that can train, each by itself; at the end only what has begun is waited for."""
     forkserver.set_forkserver_preload(["torch", "deepspeed"])  # imported once, not by each
     os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it on import
     forkserver.ensure_running()
-    return ProcessPoolExecutor(
+    del os.environ["DS_ACCELERATOR"]
+    pool = ProcessPoolExecutor(
         count, mp_context=get_context("forkserver"), initializer=join_group_of_one
     )
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def arguments() -> argparse.Namespace:
@@ -158,17 +168,17 @@ def main() -> None:
     if given.table and not store.about:
         sys.exit(f"{given.results}: nothing is measured yet; leave --table out")
     if not given.table:
-        settings = (*SETTINGS, *given.set)
-        recipes = {name: reduced(name, given.share, settings) for name in given.recipes}
-        store.about = {
-            "command": shlex.join([*COMMAND.split(), *sys.argv[1:]]),
-            "date": datetime.date.today().isoformat(),
-            "versions": {name: version(name) for name in VERSIONS},
-            "seeds": given.seeds,
-            "share": given.share,
-            "settings": settings,
-            "recipes": recipes,
-        }
+        common = (*SETTINGS, *given.set)
+        recipes = {name: reduced(name, given.share, common) for name in given.recipes}
+        for name, settings in recipes.items():
+            store.about[name] = {
+                "command": shlex.join([*COMMAND.split(), *sys.argv[1:]]),
+                "date": datetime.date.today().isoformat(),
+                "versions": {name: version(name) for name in VERSIONS},
+                "seeds": given.seeds,
+                "share": given.share,
+                "settings": settings,
+            }
         tasks = [
             Task(recipe, variant, seed, settings)
             for recipe, settings in recipes.items()

@@ -118,11 +118,12 @@ class ControlConfig(Section):
     auxiliary: str | None = None
     """consistency=auxiliary: the drift f as module:function."""
     weighting: Literal["inclusive", "average", "sqrt", "geom", "next", "endpoint", "window"] = (
-        "inclusive"
+        "geom"
     )
     """How the targets along a path are mixed; endpoint is adjoint matching."""
-    decay: Annotated[float, Field(ge=0, le=1)] = 0.95
-    """weighting=geom: weight of later targets per step."""
+    decay: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """weighting=geom: weight of later targets per step; 1 - 10 / simulation.steps looks a tenth of
+    the time ahead."""
     window: Annotated[int, Field(ge=1)] = 20
     """weighting=window: steps."""
     variate: Literal["none", "noise", "innovation"] = "noise"
@@ -145,9 +146,9 @@ class AnnealConfig(Section):
 
 
 class SimulationConfig(Section):
-    steps: Annotated[int, Field(ge=3)] = 200
+    steps: Annotated[int, Field(ge=3)] = 100
     """Time steps of a path."""
-    paths: PositiveCount = 128
+    paths: PositiveCount = 64
     """Paths of an iteration over all workers."""
     lanes: Annotated[int, Field(ge=1)] = 8
     """Parts of the paths with their own random numbers; a power of two. The result of a run
@@ -167,12 +168,14 @@ class SimulationConfig(Section):
 
 
 class BridgeTrainConfig(TrainConfig):
-    iterations: PositiveCount = 2500
+    iterations: PositiveCount = 1200
     """Iterations: paths by the averaged weights, their targets, optimizer steps."""
-    inner_steps: Annotated[int, Field(ge=1)] = 1
+    inner_steps: Annotated[int, Field(ge=1)] = 4
     """Optimizer steps of an iteration."""
-    pairs: PositiveCount | None = None
+    pairs: PositiveCount | None = 2048
     """Random (path, time) pairs of an optimizer step, over all workers; None: all of them."""
+    log_every: Annotated[int, Field(ge=1)] = 200
+    """Steps between two records of loss, speed and gradient norm."""
     precision: Literal["fp32"] = "fp32"
     """Control networks are too small for less."""
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -180,7 +183,7 @@ class BridgeTrainConfig(TrainConfig):
 
 
 class BridgeOptimizerConfig(OptimizerConfig):
-    lr: Positive = 3e-3
+    lr: Positive = 1e-2
     """Largest learning rate of Adam."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """cosine: from `optimizer.lr` to 0 over the run."""
@@ -195,7 +198,7 @@ class BridgeEMAConfig(Section):
 
 
 class BridgeCheckpointConfig(CheckpointConfig):
-    every_iterations: PositiveCount = 500
+    every_iterations: PositiveCount = 300
     """Iterations between two checkpoints; one more is written at the end."""
 
 
@@ -223,7 +226,7 @@ class BridgeEvalConfig(Section):
     """Paths behind the numbers of evaluations during training."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of their noise."""
-    every_iterations: PositiveCount | None = 250
+    every_iterations: PositiveCount | None = 300
     """Iterations between two evaluations during training, which does not wait for them; None: only
     at the end."""
     grid: GridConfig | None = None

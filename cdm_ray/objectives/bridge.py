@@ -114,16 +114,18 @@ class ControlConsistency:
     def sweep(self, paths: Paths, scores: Tensor, variate: Tensor | None = None) -> Tensor:
         """F [K, N, d] by what `scores` returns."""
         known = torch.cat([scores[:-1], self.anchor(paths)[None]])
-        noise = torch.zeros_like(known[:-1]) if variate is None else variate
         x, dt = paths.states[:-1], paths.steps[:-1]
-        # What the noise of a step does to the cost at its end is subtracted with it.
-        cost = self._running_cost(x[:-1], known[:-1]) * dt / 2
-        cost_at_end = self._running_cost(x[1:], known[1:] - noise) * dt / 2
+        costs = self._running_cost(x, known) / 2
+        before, after = costs[:-1] * dt, costs[1:] * dt
+        if variate is not None:
+            # All that the noise does in its step, by the derivatives of b and f at the beginning,
+            # which do not know the noise: with those of the end its mean would not be 0.
+            noise = variate + self._running_cost(x[:-1], variate) / 2 * dt
+            before = before - self._transported(x[:-1], x[:-1], noise, dt)
         if self.weighting == "window":
             result = known
             for _ in range(min(self.window, len(dt))):
-                later = result[1:] - noise + cost_at_end
-                moved = self._transported(x[:-1], x[1:], later, dt) + cost
+                moved = self._transported(x[:-1], x[1:], result[1:] + after, dt) + before
                 result = torch.cat([moved, known[-1:]])
             return result
         kept = self._kept(paths)
@@ -133,8 +135,7 @@ class ControlConsistency:
             later = result[k + 1]
             if self.weighting != "inclusive":
                 later = torch.lerp(known[k + 1], later, kept[k])
-            later = later - noise[k] + cost_at_end[k]
-            later = self._transported(x[k], x[k + 1], later, dt[k]) + cost[k]
+            later = self._transported(x[k], x[k + 1], later + after[k], dt[k]) + before[k]
             result[k] = (
                 torch.lerp(known[k], later, kept[k]) if self.weighting == "inclusive" else later
             )

@@ -16,7 +16,7 @@ from cdm_ray.errors import ConfigError
 from cdm_ray.networks.control import BridgeControl, ControlNetwork
 from cdm_ray.objectives import bridge
 from cdm_ray.objectives.bridge import ControlConsistency, Weighting
-from cdm_ray.processes.references import Brownian, ReferenceProcess, Schedule
+from cdm_ray.processes.references import Brownian, DoubleWell, ReferenceProcess, Schedule
 from cdm_ray.processes.simulation import Paths, simulate
 
 RATE, TURN, SIGMA, T, K = 2.0, 1.5, 0.7, 1.0, 40
@@ -287,6 +287,33 @@ def test_on_replayed_paths_of_other_scores_only_the_innovation_is_right(transpor
     assert errors["innovation"].abs().max() < 1e-9
     middle = slice(K // 2, K // 2 + 1)
     assert standard_errors(errors["noise"][middle]).min() > 10
+
+
+@pytest.mark.parametrize("transport", ["SC1", "SC2"])
+def test_the_variate_has_mean_zero_where_the_drift_is_not_linear(transport):
+    """The same paths with and without it, one step before the end of a window: grad b at the end
+    of a step depends on the step's noise, and so must not meet the variate."""
+    process, end = DoubleWell(1.0, 3.0), torch.tensor([-1.0], dtype=torch.float64)
+
+    def score(x, t):
+        return (end - x) / (T - t)[..., None] - 2 * (3 * x).sin()
+
+    noise = torch.randn(K, 20000, 1, generator=torch.Generator().manual_seed(3)).double()
+    times = torch.linspace(0, T, K + 1, dtype=torch.float64)
+    start = torch.ones(20000, 1, dtype=torch.float64)
+    paths = simulate(lambda x, t: process.drift(x) + score(x, t), process, start, times, noise)
+    auxiliary = process if transport == "SC1" else None
+    found = {
+        variate: ControlConsistency(
+            process, end, auxiliary, "window", window=1, variate=variate
+        ).targets(score, paths)
+        for variate in ("none", "noise")
+    }
+    change = found["noise"] - found["none"]
+    # all steps but those that touch the anchor, whose score has no bound; one z-score for each
+    errors = (change.mean(1) / change.std(1) * math.sqrt(20000))[: K - 3]
+    assert errors.abs().max() < 4
+    assert errors.square().mean() < 1.7  # 1 expected, of 37 z-scores
 
 
 class Small(torch.nn.Module):
