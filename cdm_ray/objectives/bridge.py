@@ -35,7 +35,8 @@ CHUNK_ROWS = 2**15
 
 @dataclass(frozen=True)
 class ControlConsistency:
-    """Targets F_k of the score at every state X_k of a path, and the loss |g_theta - F_k|^2.
+    """Targets F_k of the score at every state X_k of a path, and the loss
+    sigma^2 |g_theta - F_k|^2.
 
     With the end's score a^-1 ((end - X_{K-1}) / dt - b) as F_{K-1} and g_{K-1}, and B_k below,
     backwards F_k = P_k (B_k F_{k+1} + (1 - B_k) g_{k+1}). A step P_k v = J_k^T (v + s_{k+1}) + s_k
@@ -149,10 +150,13 @@ class ControlConsistency:
         return miss / (sigma**2 * dt + self.tolerance**2)
 
     def loss(self, score: Field, paths: Paths, targets: Tensor, pairs: Tensor) -> Tensor:
-        """|g_theta - F|^2 of the given pairs, [M]: pair k N + n is path n at time k < K."""
+        """sigma^2 |g_theta - F|^2 of the given pairs, [M], as in the KL between the paths: twice its
+        rate, but for the variance of F. Pair k N + n is path n at time k < K."""
         number = paths.states.shape[1]
         x, target = paths.states.flatten(0, 1)[pairs], targets.flatten(0, 1)[pairs]
-        return regress(score(x, paths.times[pairs // number]), target)
+        t = paths.times[pairs // number]
+        sigma = self.process.sigma(t).to(x.dtype)[:, None]
+        return regress(sigma * score(x, t), sigma * target)
 
     def _sigma(self, paths: Paths) -> Tensor:
         """sigma(t_k), [K, 1, 1]."""

@@ -386,7 +386,7 @@ def test_the_loss_is_that_of_the_chosen_pairs():
     number = paths.states.shape[1]
     pairs = torch.tensor([0, 3 * number + 7, (K - 1) * number + 1])
     expected = [
-        (model(paths.states[k, n][None], paths.times[k]) - targets[k, n]).square().sum()
+        A * (model(paths.states[k, n][None], paths.times[k]) - targets[k, n]).square().sum()
         for k, n in ((0, 0), (3, 7), (K - 1, 1))
     ]
     torch.testing.assert_close(loss.loss(model, paths, targets, pairs), torch.stack(expected))
