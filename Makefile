@@ -2,10 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart ui test lint format clean
+.PHONY: quickstart bridge ui test lint format clean
 
 quickstart: .venv/installed
 	$(BIN)/python jobs/compare.py digits
+
+bridge: .venv/installed
+	$(BIN)/python jobs/train_bridge.py double-well-3
 
 ui: .venv/installed
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port 5000

@@ -100,6 +100,8 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
         "problem": case.problem,
         "paths": case.paths,
         "steps": case.steps,
+        "inner_steps": config.train.inner_steps,
+        "pairs": config.pairs,
         "path_steps_per_second": case.paths * case.steps / medians["simulation"],
         "simulation_over_drift": ratios(times["simulation"], times["drift"]),
         "simulation_over_calls": ratios(times["simulation"], times["calls"]),
@@ -132,6 +134,7 @@ def table(measured: dict[str, Any]) -> str:
     """Markdown: a line for each case."""
     versions = ", ".join(f"{name} {number}" for name, number in measured["versions"].items())
     largest = max(case["simulation_over_drift"]["median"] for case in measured["cases"])
+    shape = measured["cases"][0]
     lines = [
         f"Medians (ranges) of {measured['repeats']} repeats, everything in turn; CPU time of one "
         f"process with one thread on {measured['machine']}; {versions}; {measured['date']}. "
@@ -139,8 +142,9 @@ def table(measured: dict[str, Any]) -> str:
         "over that of the bare drift at the same states, one call per time step: at most "
         f"{largest:.2f}, goal {GOAL}. The simulation computes what depends on the time alone at "
         "once for all steps; simulation / calls is its time over that of its own network calls "
-        f"alone. The iteration, with {measured['inner_steps']} optimizer step on all (path, time) "
-        f"pairs, is measured as a whole, its parts by themselves. By `{measured['command']}`.",
+        "alone. An iteration, measured as a whole, has one simulation, one sweep for the targets "
+        f"and {shape['inner_steps']} optimizer step(s) on {shape['pairs']:,} (path, time) pairs in "
+        f"the first line. By `{measured['command']}`.",
         "",
         "| problem | paths | steps | simulation / drift | simulation / calls "
         "| path-steps per second | simulation, ms | targets, ms | optimizer step, ms "
@@ -176,7 +180,6 @@ def measure_all(cases: list[Case], repeats: int) -> dict[str, Any]:
         "machine": platform.machine(),
         "versions": {name: version(name) for name in ("torch", "deepspeed")},
         "repeats": repeats,
-        "inner_steps": cases[0].config().train.inner_steps,
         "cases": found,
     }
 

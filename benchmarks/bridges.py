@@ -51,7 +51,7 @@ VERSIONS = ("torch", "deepspeed")
 
 SHARE = 0.2
 """Of a recipe's iterations."""
-SETTINGS = ("simulation.paths=32", "eval.paths=1000", "eval.steps=200")
+SETTINGS = ("eval.paths=1000", "eval.steps=200")
 """What differs from the recipes in all variants."""
 
 

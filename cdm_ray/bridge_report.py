@@ -54,22 +54,28 @@ def print_plan(config: BridgeConfig) -> None:
 def print_results(folder: Path) -> None:
     """Table of the metrics, then the checkpoint and figures, and how to open the UI."""
     summary = BridgeSummary.load(folder)
-    console = Console(width=None if Console().is_terminal else 120)
-    count = int(summary.metrics["paths"])
-    table = Table(title=f"{summary.run}: averaged weights after {summary.iterations:,} iterations")
-    table.add_column("what")
-    table.add_column(f"value ± standard error (n={count:,} paths)", justify="right")
-    for label, name in ROWS.items():
-        if name in summary.metrics:
-            value, error = summary.metrics[name], summary.metrics.get(f"{name}_se")
-            table.add_row(label, f"{value:.5g}" + (f" ± {error:.2g}" if error is not None else ""))
-    speed = summary.path_steps_per_second
-    table.add_row("path steps per second", "-" if speed is None else f"{speed:,.0f}")
-    console.print(table)
+    print_metrics(f"{summary.run} after {summary.iterations:,} iterations", summary.metrics)
+    if summary.path_steps_per_second is not None:
+        print(f"speed       {summary.path_steps_per_second:,.0f} path steps per second")
     print(f"checkpoint  {summary.checkpoint}")
     for name, path in summary.figures.items():
         print(f"{name:10}  {path}")
     print(f"\nopen the MLflow UI:  {summary.ui_command}")
+
+
+def print_metrics(what: str, metrics: dict[str, float]) -> None:
+    """Table of an evaluation."""
+    console = Console(width=None if Console().is_terminal else 120)
+    table = Table(title=f"{what}, averaged weights")
+    table.add_column("what")
+    count = int(metrics["paths"])
+    table.add_column(f"value ± standard error (n={count:,} paths)", justify="right")
+    for label, name in ROWS.items():
+        if name in metrics:
+            error = metrics.get(f"{name}_se")
+            told = "" if error is None else f" ± {error:.2g}"
+            table.add_row(label, f"{metrics[name]:.5g}{told}")
+    console.print(table)
 
 
 ROWS = {

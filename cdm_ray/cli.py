@@ -49,11 +49,12 @@ def run_job(
     )
 
 
-CheckpointMain = Callable[[Any, Checkpoint, bool], None]
+CheckpointMains = Mapping[type[JobConfig], Callable[[Any, Checkpoint, bool], None]]
+"""main(config, checkpoint, dry_run) for each kind of run that a job takes."""
 
 
 def run_checkpoint_job(
-    mains: Mapping[type[JobConfig], CheckpointMain],
+    mains: CheckpointMains,
     *,
     description: str | None,
     examples: str,

@@ -6,15 +6,14 @@ import sys
 from functools import partial
 
 from cdm_ray import cluster
-from cdm_ray.bridge_report import ROWS
+from cdm_ray.bridge_report import print_metrics
 from cdm_ray.checkpoint import EMA, Checkpoint
-from cdm_ray.cli import run_checkpoint_job
+from cdm_ray.cli import CheckpointMains, run_checkpoint_job
 from cdm_ray.config import BridgeConfig, ImageConfig
 from cdm_ray.evaluation import launch
-from cdm_ray.evaluation.bridge_evaluation import evaluate_weights
+from cdm_ray.evaluation.bridge_evaluation import CACHE, evaluate_weights
 from cdm_ray.evaluation.npz import short_digest
 from cdm_ray.evaluation.results import RESULTS_NAME, print_evaluation
-from cdm_ray.training.bridge_run import CACHE
 
 EXAMPLES = """
 python jobs/evaluate.py runs/ffhq-64-1a2b3c4d eval.images=50k eval.first_seeds=[0,50000,100000]
@@ -57,15 +56,11 @@ def bridge(config: BridgeConfig, checkpoint: Checkpoint, dry_run: bool) -> None:
             paths=config.eval.paths,
             figures=True,
         )
-    for label, name in ROWS.items():
-        if name in found.metrics:
-            error = found.metrics.get(f"{name}_se")
-            told = "" if error is None else f" ± {error:.2g}"
-            print(f"{label:42}  {found.metrics[name]:.5g}{told}")
+    print_metrics(checkpoint.name, found.metrics)
     for name, path in found.figures.items():
         print(f"{name:10}  {path}")
 
 
 if __name__ == "__main__":
-    mains = {ImageConfig: images, BridgeConfig: bridge}
+    mains: CheckpointMains = {ImageConfig: images, BridgeConfig: bridge}
     sys.exit(run_checkpoint_job(mains, description=__doc__, examples=EXAMPLES))

@@ -5,7 +5,7 @@ from functools import partial
 
 from cdm_ray import cluster
 from cdm_ray.checkpoint import Checkpoint
-from cdm_ray.cli import run_checkpoint_job
+from cdm_ray.cli import CheckpointMains, run_checkpoint_job
 from cdm_ray.config import BridgeConfig, ImageConfig
 from cdm_ray.evaluation import sample_images, sample_paths
 
@@ -41,5 +41,5 @@ def paths(config: BridgeConfig, checkpoint: Checkpoint, dry_run: bool) -> None:
 
 
 if __name__ == "__main__":
-    mains = {ImageConfig: images, BridgeConfig: paths}
+    mains: CheckpointMains = {ImageConfig: images, BridgeConfig: paths}
     sys.exit(run_checkpoint_job(mains, description=__doc__, examples=EXAMPLES))

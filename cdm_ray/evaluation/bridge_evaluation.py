@@ -22,6 +22,8 @@ from cdm_ray.processes.bridge import Bridge
 from cdm_ray.processes.references import CoxIngersollRoss
 from cdm_ray.processes.simulation import Paths
 
+CACHE = "truth"
+"""Folder of the solutions on grids, in `run.storage`."""
 LOG_DENSITIES = ("log_p", "log_p_bound", "log_p_truth")
 
 
@@ -65,7 +67,7 @@ def evaluate_weights(
 def course_points(evaluations: Path) -> list[dict[str, Any]]:
     """Step and metrics of every evaluation in the folder, in the order of the steps."""
     found = []
-    for path in sorted(evaluations.glob(f"step-*/{RESULTS_NAME}")):
+    for path in sorted(evaluations.glob(f"step-????????/{RESULTS_NAME}")):
         step = int(path.parent.name.removeprefix("step-"))
         found.append({"step": step, "metrics": json.loads(path.read_text())["metrics"]})
     return found

@@ -1,5 +1,5 @@
 """What a person looks at after a bridge was learned, as PNG files: paths, marginals over time,
-drift, and the course of a training.
+and drift.
 
 The model is blue and solid in all figures, the truth orange and dashed. The model's drift is
 b + a g, from its score g.
@@ -7,17 +7,15 @@ b + a g, from its score g.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -25,7 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cdm_ray.evaluation.bridge_truth import GaussianTruth, Truth
-from cdm_ray.evaluation.figures import BLUE, GREEN, GREY, ORANGE
+from cdm_ray.evaluation.figures import BLUE, GREY, ORANGE
+from cdm_ray.evaluation.plotting import TITLE_LEFT, new_figure, save_figure, style_axes
 from cdm_ray.processes.bridge import Bridge
 from cdm_ray.processes.references import GradientProcess, ReferenceProcess
 from cdm_ray.processes.rollout import Field
@@ -58,10 +57,10 @@ def bridge_figures(
     truth its marginals are left out, and the learned drift is shown against the reference's.
     """
     files = {name: folder / f"{name}.png" for name in ("paths", "marginals", "drift")}
-    _save(paths_figure(bridge, paths), files["paths"])
+    save_figure(paths_figure(bridge, paths), files["paths"])
     exact = None if truth is None else true_paths(bridge, truth, paths)
-    _save(marginals_figure(paths, exact), files["marginals"])
-    _save(drift_figure(bridge, score, paths, truth), files["drift"])
+    save_figure(marginals_figure(paths, exact), files["marginals"])
+    save_figure(drift_figure(bridge, score, paths, truth), files["drift"])
     return files
 
 
@@ -151,7 +150,7 @@ def paths_figure(bridge: Bridge, paths: Paths) -> Figure:
 
 
 def _paths_over_time(bridge: Bridge, paths: Paths) -> Figure:
-    figure, process = _figure(7.6, 4.4), bridge.process
+    figure, process = new_figure(7.6, 4.4), bridge.process
     states = _numpy(paths.states[:, :DRAWN_PATHS, 0])
     low, high = _box(states)
     x = np.linspace(low, high, 401)
@@ -165,17 +164,17 @@ def _paths_over_time(bridge: Bridge, paths: Paths) -> Figure:
         side.fill_betweenx(x, left, potential, color="#d9d9d9")
         side.plot(potential, x, color=GREY, linewidth=1.2)
         side.set(xlim=(left, highest), xlabel="potential U(x)")
-        _style(side)
+        style_axes(side)
     axes.plot(_numpy(paths.times), states, color=BLUE, linewidth=0.7, alpha=0.45)
     _mark_ends(figure, axes, (0.0, bridge.start.item()), (bridge.duration, bridge.end.item()))
     axes.set(ylim=(low, high), xlabel="time t", ylabel="state x")
-    _style(axes)
-    figure.suptitle(f"{_PATHS_QUESTION} {states.shape[1]} of its paths", **_LEFT)
+    style_axes(axes)
+    figure.suptitle(f"{_PATHS_QUESTION} {states.shape[1]} of its paths", **TITLE_LEFT)
     return figure
 
 
 def _paths_in_the_plane(bridge: Bridge, paths: Paths) -> Figure:
-    figure, dim = _figure(6.6, 5.8), bridge.process.dim
+    figure, dim = new_figure(6.6, 5.8), bridge.process.dim
     axes = figure.add_subplot()
     states = _numpy(paths.states[:, :DRAWN_IN_THE_PLANE, :2])
     start, end = _numpy(bridge.start[:2]), _numpy(bridge.end[:2])
@@ -187,7 +186,7 @@ def _paths_in_the_plane(bridge: Bridge, paths: Paths) -> Figure:
     axes.set(xlim=box[0], ylim=box[1], xlabel="x₁", ylabel="x₂")
     axes.spines[["top", "right"]].set_visible(False)
     hidden = "" if dim == 2 else f",\nthe first two of {dim} coordinates"
-    figure.suptitle(f"{_PATHS_QUESTION} {states.shape[1]} of its paths{over}{hidden}", **_LEFT)
+    figure.suptitle(f"{_PATHS_QUESTION} {states.shape[1]} of its paths{over}{hidden}", **TITLE_LEFT)
     return figure
 
 
@@ -241,7 +240,7 @@ def marginals_figure(paths: Paths, exact: Paths | None) -> Figure:
     true = None if exact is None else _numpy(exact.states)
     dim = own.shape[2]
     rows = min(dim, 2)
-    figure = _figure(7.6, 3.8 if rows == 1 else 6.4)
+    figure = new_figure(7.6, 3.8 if rows == 1 else 6.4)
     grid = figure.subplots(
         rows, 2, sharey="row", sharex="col", squeeze=False, width_ratios=(3.2, 1)
     )
@@ -255,7 +254,7 @@ def marginals_figure(paths: Paths, exact: Paths | None) -> Figure:
         over_time.set_ylabel("state x" if dim == 1 else f"x{'₁₂'[coordinate]}")
         at_once.set_title(f"at t = {times[widest]:.3g} (dotted)", loc="left", fontsize=9)
         for axes in (over_time, at_once):
-            _style(axes)
+            style_axes(axes)
     grid[-1, 0].set_xlabel("time t")
     grid[-1, 1].set_xlabel("density")
     handles = [
@@ -268,7 +267,9 @@ def marginals_figure(paths: Paths, exact: Paths | None) -> Figure:
         title = "Are the model's paths where those of the exact bridge are?"
         same = "exact: the same quantiles"
         handles.append(Line2D([], [], color=ORANGE, linestyle="--", label=same))
-    figure.suptitle(title if dim <= 2 else f"{title} (the first two of {dim} coordinates)", **_LEFT)
+    figure.suptitle(
+        title if dim <= 2 else f"{title} (the first two of {dim} coordinates)", **TITLE_LEFT
+    )
     _legend_below(figure, handles)
     return figure
 
@@ -304,7 +305,7 @@ def drift_figure(bridge: Bridge, score: Field, paths: Paths, truth: Truth | None
 
 @torch.no_grad()
 def _drift_curves(bridge: Bridge, score: Field, paths: Paths, truth: Truth | None) -> Figure:
-    figure = _figure(7.6, 6.0)
+    figure = new_figure(7.6, 6.0)
     grid = figure.subplots(2, 2)
     learned, compared = bridge_drift(bridge, score), _comparison(bridge, truth)
     question, looks = "Is the learned drift the exact one?", {"color": ORANGE, "linestyle": "--"}
@@ -320,20 +321,20 @@ def _drift_curves(bridge: Bridge, score: Field, paths: Paths, truth: Truth | Non
         name = "reference drift b" if truth is None else "exact"
         axes.plot(x, _numpy(compared(states, t)), linewidth=1.6, label=name, **looks)
         axes.set_title(f"t = {t.item():.3g}", loc="left", fontsize=10)
-        _style(axes)
+        style_axes(axes)
     for axes in grid[:, 0]:
         axes.set_ylabel("drift b + σ²g")
     for axes in grid[1]:
         axes.set_xlabel("state x")
     grid[0, 0].legend(frameon=False, fontsize=9)
-    figure.suptitle(f"{question} Grey: where 98 % of the model's paths are", **_LEFT)
+    figure.suptitle(f"{question} Grey: where 98 % of the model's paths are", **TITLE_LEFT)
     return figure
 
 
 def _drift_clouds(bridge: Bridge, score: Field, paths: Paths, truth: Truth | None) -> Figure:
     cloud, dim = drift_scatter(bridge, score, paths, truth), bridge.process.dim
     panels = {"x₁": [0], "x₂": [1]} if dim == 2 else {f"all {dim} coordinates": list(range(dim))}
-    figure = _figure(8.2 if dim == 2 else 5.6, 4.4 if dim == 2 else 5.0)
+    figure = new_figure(8.2 if dim == 2 else 5.6, 4.4 if dim == 2 else 5.0)
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (name, columns) in zip(grid, panels.items(), strict=True):
         across, up = cloud.compared[:, columns], cloud.learned[:, columns]
@@ -343,125 +344,19 @@ def _drift_clouds(bridge: Bridge, score: Field, paths: Paths, truth: Truth | Non
         sizes = f"rms {_rms(up):.3g}, of the difference {_rms(up - across):.3g}"
         axes.set_title(f"{name}: {sizes}", loc="left", fontsize=10)
         axes.set_xlabel("reference drift b" if truth is None else "exact drift b + σ²g")
-        _style(axes)
+        style_axes(axes)
     grid[0].set_ylabel("learned drift b + σ²g")
     figure.colorbar(points, ax=grid, label="time t")
     if truth is not None:
         title = "Is the learned drift the exact one? On the line it is"
     else:
         title = "How does the learned drift steer? On the line it does not"
-    figure.suptitle(title, **_LEFT)
+    figure.suptitle(title, **TITLE_LEFT)
     return figure
 
 
 def _rms(values: Array) -> float:
     return float(np.sqrt(np.mean(values**2)))
-
-
-class _Panel(NamedTuple):
-    label: str
-    curves: Mapping[str, tuple[str, str]]
-    """Of each metric, label and colour."""
-    scale: Literal["linear", "log", "share"] = "linear"
-    level: str | None = None
-    """A metric that is the exact value of the others."""
-
-
-_COURSE = (
-    _Panel(
-        "KL divergence, nats",
-        {
-            "kl_from_truth": ("KL(exact ‖ model)", BLUE),
-            "kl_to_truth": ("KL(model ‖ exact)", GREEN),
-        },
-        scale="log",
-    ),
-    _Panel("path cost ½ E∫|u|² dt", {"cost": ("model", BLUE)}),
-    _Panel(
-        "bound of log p(end | start), nats",
-        {"log_p_bound": ("lower bound from the model", BLUE)},
-        level="log_p_truth",
-    ),
-    _Panel("effective sample size, share", {"ess": ("importance weights", BLUE)}, scale="share"),
-)
-
-
-def course_figure(points: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Metrics over training iterations, from points {"step": int, "metrics": {name: value}} with
-    the names of `evaluate_bridge`, as PNG; panels that have no data are left out.
-
-    Raises ValueError if none has any.
-    """
-    panels = [panel for panel in _COURSE if any(course(points, name) for name in panel.curves)]
-    if not panels:
-        raise ValueError(f"{len(points)} points without any metric of a bridge: nothing to draw")
-    rows, columns = (2, 2) if len(panels) == 4 else (1, len(panels))
-    figure = _figure(4.6 * columns, 3.2 * rows + 0.4)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes, panel in zip(grid.flat, panels, strict=True):
-        _draw_course(axes, panel, points)
-    figure.suptitle("How did the training go? (95 % intervals)", **_LEFT)
-    _save(figure, path)
-
-
-def course(points: Sequence[Mapping[str, Any]], name: str) -> dict[int, tuple[float, float]]:
-    """The finite values of a metric and their standard errors (0 if there are none) by step."""
-    found = {}
-    for point in points:
-        metrics = point["metrics"]
-        value, error = metrics.get(name), metrics.get(f"{name}_se", 0.0)
-        if value is not None and np.isfinite([value, error]).all():
-            found[point["step"]] = (value, error)
-    return found
-
-
-def _draw_course(axes: Axes, panel: _Panel, points: Sequence[Mapping[str, Any]]) -> None:
-    drawn = []
-    for name, (label, colour) in panel.curves.items():
-        if not (values := course(points, name)):
-            continue
-        mean, bar = np.array(list(values.values())).T * ((1.0,), (1.96,))
-        axes.errorbar(
-            list(values), mean, yerr=bar if bar.any() else None, label=label, color=colour,
-            linewidth=1.5, elinewidth=1.2, marker="o", markersize=4, capsize=2.5,
-        )  # fmt: skip
-        drawn.append((mean, bar))
-    if panel.level is not None and (level := course(points, panel.level)):
-        exact = list(level.values())[-1][0]
-        axes.axhline(exact, color=ORANGE, linewidth=1.4, linestyle="--", label="exact")
-    if panel.scale == "share":
-        axes.set_ylim(0, 1)
-    if panel.scale == "log":
-        mean, bar = np.concatenate(drawn, axis=1)
-        if (positive := mean > 0).any():
-            # A bar that reaches 0 leaves the figure, instead of stretching it without end.
-            lowest = np.maximum(mean - bar, mean / 10)[positive].min()
-            axes.set_yscale("log", nonpositive="clip")
-            axes.set_ylim(lowest / 1.3, (mean + bar).max() * 1.3)
-    axes.set(xlabel="training iteration", ylabel=panel.label)
-    _style(axes)
-    if len(axes.get_legend_handles_labels()[0]) > 1:
-        axes.legend(frameon=False, fontsize=9)
-
-
-_LEFT: dict[str, Any] = {"x": 0.01, "ha": "left", "fontsize": 11}
-
-
-def _figure(width: float, height: float) -> Figure:
-    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)
-    figure = Figure(figsize=(width, height), dpi=110, layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, metadata={"Software": None})
-
-
-def _style(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
-    axes.set_axisbelow(True)
 
 
 def _legend_below(figure: Figure, handles: list[Any]) -> None:

@@ -150,8 +150,8 @@ class ControlConsistency:
         return miss / (sigma**2 * dt + self.tolerance**2)
 
     def loss(self, score: Field, paths: Paths, targets: Tensor, pairs: Tensor) -> Tensor:
-        """sigma^2 |g_theta - F|^2 of the given pairs, [M], as in the KL between the paths: twice its
-        rate, but for the variance of F. Pair k N + n is path n at time k < K."""
+        """sigma^2 |g_theta - F|^2 of the given pairs, [M]: twice the rate of the KL between the
+        paths, but for the variance of F. Pair k N + n is path n at time k < K."""
         number = paths.states.shape[1]
         x, target = paths.states.flatten(0, 1)[pairs], targets.flatten(0, 1)[pairs]
         t = paths.times[pairs // number]

@@ -14,8 +14,13 @@ from cdm_ray.bridges import bridge_of, truth_of
 from cdm_ray.checkpoint import EMA, checkpoint_name
 from cdm_ray.cluster import TaskResources
 from cdm_ray.config import BridgeConfig
-from cdm_ray.evaluation.bridge_evaluation import BridgeResult, course_points, evaluate_weights
-from cdm_ray.evaluation.bridge_figures import course_figure
+from cdm_ray.evaluation.bridge_course import course_figure
+from cdm_ray.evaluation.bridge_evaluation import (
+    CACHE,
+    BridgeResult,
+    course_points,
+    evaluate_weights,
+)
 from cdm_ray.evaluation.launch import EVALUATIONS, evaluation_folder
 from cdm_ray.evaluation.tasks import MapTasks
 from cdm_ray.report import RESULTS_FILE
@@ -24,8 +29,6 @@ from cdm_ray.training.bridge_worker import train_worker
 from cdm_ray.training.evaluations import EvaluationsDuringTraining, worker_gpus
 from cdm_ray.training.launch import final_checkpoint, tracked_run, train
 
-CACHE = "truth"
-"""Folder of the solutions on grids, in `run.storage`."""
 TOLD = ("kl_from_truth", "cost", "ess")
 """Metrics that the driver prints during training."""
 

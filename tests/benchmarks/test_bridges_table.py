@@ -13,6 +13,9 @@ from benchmarks.bridges import Store, perform_all, processes_of_groups
 RECIPE = "double-well-3"
 TINY = (
     "train.iterations=5",
+    "control.weighting=inclusive",
+    "train.inner_steps=2",
+    "train.pairs=64",
     "simulation.paths=16",
     "simulation.steps=30",
     "eval.paths=32",
@@ -63,7 +66,7 @@ def test_every_run_becomes_a_result_that_is_not_made_again(tmp_path):
     default, other, diverged, guide, free = again.results()
     assert (default.variant, other.variant, diverged.seed) == (DEFAULT, OTHER, 1)
     for run in (default, other):
-        assert (run.iterations, run.steps, run.weighted_paths) == (5, 5, 32)
+        assert (run.iterations, run.steps, run.weighted_paths) == (5, 10, 32)
         assert math.isfinite(run.metrics["kl_from_truth"])
         assert run.failure is None
     assert diverged.metrics == {}
@@ -80,9 +83,7 @@ def test_every_run_becomes_a_result_that_is_not_made_again(tmp_path):
 
     costs = step["milliseconds"]
     assert set(costs) == {"drift", "calls", "simulation", "targets", "optimizer", "iteration"}
-    shown = bridge_step.table(
-        about(()) | {"machine": "m", "repeats": 1, "inner_steps": 1, "cases": [step]}
-    )
+    shown = bridge_step.table(about(()) | {"machine": "m", "repeats": 1, "cases": [step]})
     assert "| OU, 2-D | 8 | 20 | " in shown
 
 

@@ -1,4 +1,4 @@
-"""Training a bridge on Ray: what a kill, a restart and another number of workers change: nothing."""
+"""Training a bridge on Ray: what a kill and another number of workers change, namely nothing."""
 
 import pytest
 import torch

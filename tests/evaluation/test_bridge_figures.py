@@ -8,12 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from cdm_ray.evaluation.bridge_course import course, course_figure
 from cdm_ray.evaluation.bridge_figures import (
     QUANTILES,
     bridge_drift,
     bridge_figures,
-    course,
-    course_figure,
     drift_figure,
     drift_scatter,
     index_at,
