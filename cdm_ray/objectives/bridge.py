@@ -129,14 +129,19 @@ class ControlConsistency:
                 moved = self._transported(x[:-1], x[1:], result[1:] + after, dt) + before
                 result = torch.cat([moved, known[-1:]])
             return result
-        kept = self._kept(paths)
+        kept, slopes = self._kept(paths), self._slopes(x)
         result = torch.empty_like(known)
         result[-1] = known[-1]
         for k in range(len(dt) - 1, -1, -1):
             later = result[k + 1]
             if self.weighting != "inclusive":
                 later = torch.lerp(known[k + 1], later, kept[k])
-            later = self._transported(x[k], x[k + 1], later + after[k], dt[k]) + before[k]
+            later = later + after[k]
+            if slopes is not None:
+                slope = torch.einsum("nij,ni->nj", slopes(k + 1), later)
+                back = torch.einsum("nij,ni->nj", slopes(k), later + dt[k] * slope)
+                later = later + dt[k] / 2 * (slope + back)
+            later = later + before[k]
             result[k] = (
                 torch.lerp(known[k], later, kept[k]) if self.weighting == "inclusive" else later
             )
@@ -184,6 +189,29 @@ class ControlConsistency:
             return torch.zeros_like(scores)
         pull = _by_rows(lambda x, v: jacobian_transpose(self.process, x, v), x, scores)
         return pull if self.auxiliary is None else pull - self._pull_back(x, scores)
+
+    def _slopes(self, x: Tensor) -> Callable[[int], Tensor] | None:
+        """grad f at x[k], x [K, N, d], as a function of k that is asked from the last to the first:
+        [N, d, d]; some times are computed at once. None if there is no f."""
+        f = self.auxiliary
+        if f is None:
+            return None
+        number, dim = x.shape[1:]
+        size = max(1, CHUNK_ROWS // (number * dim))
+        computed: dict[int, Tensor] = {}
+
+        def slopes(k: int) -> Tensor:
+            block = k // size
+            if block not in computed:
+                for later in [b for b in computed if b > block + 1]:
+                    del computed[later]
+                rows = x[block * size : (block + 1) * size].reshape(-1, dim)
+                units = torch.eye(dim, dtype=x.dtype, device=x.device)
+                found = [jacobian_transpose(f, rows, unit.expand_as(rows)) for unit in units]
+                computed[block] = torch.stack(found, dim=1).unflatten(0, (-1, number))
+            return computed[block][k % size]
+
+        return slopes
 
     def _transported(self, x: Tensor, x_next: Tensor, v: Tensor, dt: Tensor) -> Tensor:
         """J^T v of the step from x to x_next; all [..., N, d]."""

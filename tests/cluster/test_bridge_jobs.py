@@ -1,4 +1,4 @@
-"""The README's way to a bridge, command by command at reduced size: train, evaluate, sample, import."""
+"""The README's way to a bridge, command by command at reduced size."""
 
 import json
 import re
@@ -21,8 +21,8 @@ SHORT = [
     "eval.course_paths=32",
     "eval.paths=64",
     "eval.steps=50",
-    "eval.grid.points=[241]",
-    "eval.grid.steps=200",
+    "eval.grid.points=[401]",
+    "eval.grid.steps=400",
 ]
 
 
@@ -46,7 +46,7 @@ def test_a_bridge_is_trained_evaluated_sampled_and_imported(checkout, head):
     shown = {a.path for a in client.list_artifacts(tracked.info.run_id, "figures")}
     assert len(shown) == 4
 
-    few = ["eval.paths=32", "eval.steps=50", "eval.grid.points=[241]", "eval.grid.steps=200"]
+    few = ["eval.paths=32", "eval.steps=50", "eval.grid.points=[401]", "eval.grid.steps=400"]
     told = run(command_with("python jobs/evaluate.py runs/rare"), checkout, head, *few)
     assert "effective sample size" in told
     run(command_with("python jobs/sample.py runs/rare"), checkout, head, *few)
