@@ -20,7 +20,7 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy --explicit-package-bases benchmarks/gpu_step.py benchmarks/gpu jobs
+	$(BIN)/mypy --explicit-package-bases benchmarks/gpu_step.py benchmarks/gpu benchmarks/bridges.py benchmarks/bridge_step.py jobs
 	$(BIN)/lint-imports
 
 format: .venv/installed

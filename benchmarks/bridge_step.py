@@ -83,7 +83,7 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
     parts: dict[str, Callable[[], object]] = {
         "drift": lambda: bare_drift(run.average, batch.paths),
         "calls": lambda: bare_calls(run.average, batch.paths),
-        "simulation": lambda: run._paths(rng, 1),
+        "simulation": lambda: run.draw_paths(rng, 1),
         "targets": lambda: run.consistency.targets(run.average, batch.paths),
         "optimizer": lambda: training.learn(batch, rng),
         "iteration": lambda: training.advance(config.train.inner_steps),

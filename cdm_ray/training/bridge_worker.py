@@ -133,7 +133,7 @@ class BridgeRun:
             if step % inner_steps == 0:
                 self._set_anneal(engine, step // inner_steps)
                 copy_average(engine, self.average)
-                paths = self._paths(rng, step // inner_steps)
+                paths = self.draw_paths(rng, step // inner_steps)
                 targets = self.consistency.targets(self.average, paths)
             assert paths is not None
             assert targets is not None
@@ -150,7 +150,7 @@ class BridgeRun:
             control.process = self.process
         self.consistency = replace(self.consistency, tolerance=anneal.tolerance)
 
-    def _paths(self, rng: BlockRng, iteration: int) -> Paths:
+    def draw_paths(self, rng: BlockRng, iteration: int) -> Paths:
         """Own paths of this iteration; with a replay buffer, a draw from it and them."""
         config = self.config
         count = len(self.lanes) * config.lane_paths
