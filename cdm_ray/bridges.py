@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cdm_ray.checkpoint import CONFIG_FILE, EMA, open_newest
-from cdm_ray.config import BridgeConfig, load_config, recipe_fields
+from cdm_ray.config import BridgeConfig, is_of, load_config
 from cdm_ray.config.bridges import SigmaSchedule
 from cdm_ray.errors import ConfigError
 from cdm_ray.evaluation.backward_grid import Grid
@@ -221,7 +221,7 @@ def load_control(folder: str | Path) -> BridgeControl:
     """
     checkpoint = open_newest(Path(folder))
     file = str(checkpoint.folder / CONFIG_FILE)
-    if not recipe_fields(file) <= set(BridgeConfig.model_fields):
+    if not is_of(BridgeConfig, file):
         raise ConfigError(f"{checkpoint.folder}: not a checkpoint of {BridgeConfig.JOB}")
     config = load_config(BridgeConfig, file)
     return trained_control(

@@ -14,8 +14,8 @@ from cdm_ray.config import (
     JobConfig,
     Section,
     describe,
+    is_of,
     load_config,
-    recipe_fields,
     recipe_names,
 )
 from cdm_ray.errors import ConfigError, RunFailed
@@ -83,9 +83,8 @@ def run_checkpoint_job(
 
 
 def _kind_of_run(checkpoint: Checkpoint, roots: Sequence[type[JobConfig]]) -> type[JobConfig]:
-    fields = recipe_fields(str(checkpoint.folder / CONFIG_FILE))
     for root in roots:
-        if fields <= set(root.model_fields):
+        if is_of(root, str(checkpoint.folder / CONFIG_FILE)):
             return root
     raise ConfigError(
         f"{checkpoint.folder}: not a checkpoint that this job takes; it is for those of "

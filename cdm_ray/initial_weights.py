@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from cdm_ray.checkpoint import CONFIG_FILE, EMA, open_newest
-from cdm_ray.config import ImageConfig, load_config
+from cdm_ray.config import ImageConfig, is_of, load_config
 from cdm_ray.errors import ConfigError
 from cdm_ray.networks import EDMPrecond
 from cdm_ray.networks.exported import differences
@@ -70,7 +70,10 @@ def read_initial(init: str) -> Published:
         if not path.is_dir():
             return read_weights(path)
         checkpoint = open_newest(path)
-        config = load_config(ImageConfig, str(checkpoint.folder / CONFIG_FILE))
+        file = str(checkpoint.folder / CONFIG_FILE)
+        if not is_of(ImageConfig, file):
+            raise ConfigError(f"not a checkpoint of {ImageConfig.JOB}")
+        config = load_config(ImageConfig, file)
     except ConfigError as error:
         raise ConfigError(f"network.init={init}: {str(error).removeprefix(f'{init}: ')}") from None
     settings = network_settings(

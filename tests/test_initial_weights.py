@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cdm_ray.config import ImageConfig, NetworkConfig, load_config
+from cdm_ray.config import BridgeConfig, ImageConfig, NetworkConfig, load_config
 from cdm_ray.errors import ConfigError
 from cdm_ray.initial_weights import initialise, load_into, read_initial
 from cdm_ray.networks import build_network
@@ -213,3 +213,9 @@ def test_a_place_with_nothing_is_told_what_could_be_there(name, tmp_path):
         f"network.init={tmp_path / name}: no such file or folder; give EDM's .pkl, a .safetensors, "
         "or the folder of a checkpoint or a run"
     )
+
+
+def test_the_checkpoint_of_a_bridge_is_refused(tmp_path):
+    folder = make_checkpoint(tmp_path / "well", load_config(BridgeConfig, None), {}).folder
+    with pytest.raises(ConfigError, match=rf"network.init={folder}: not a checkpoint of jobs/t"):
+        read_initial(str(folder))

@@ -26,8 +26,8 @@ from cdm_ray.config.loading import (
     build_config,
     describe,
     flatten,
+    is_of,
     load_config,
-    recipe_fields,
     recipe_names,
     to_yaml,
 )
@@ -54,8 +54,8 @@ __all__ = [
     "build_config",
     "describe",
     "flatten",
+    "is_of",
     "load_config",
-    "recipe_fields",
     "recipe_names",
     "to_yaml",
 ]

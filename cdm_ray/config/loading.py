@@ -50,9 +50,9 @@ def load_config(root: type[C], recipe: str | None, overrides: Sequence[str] = ()
     return build_config(root, values)
 
 
-def recipe_fields(file: str) -> set[str]:
-    """Sections and fields at the top of a YAML file."""
-    return set(_parse(file, Path(file).read_text()))
+def is_of(root: type[Section], file: str) -> bool:
+    """Whether a YAML file is a configuration of this kind, by the sections that it has."""
+    return set(_parse(file, Path(file).read_text())) <= set(root.model_fields)
 
 
 def build_config(root: type[C], values: dict[str, Any]) -> C:
