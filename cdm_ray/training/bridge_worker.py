@@ -147,7 +147,6 @@ class BridgeRun:
         for control in (self.average, engine.network):
             assert isinstance(control, BridgeControl)
             control.tolerance = anneal.tolerance
-            control.process = self.process
         self.consistency = replace(self.consistency, tolerance=anneal.tolerance)
 
     def draw_paths(self, rng: BlockRng, iteration: int) -> Paths:
