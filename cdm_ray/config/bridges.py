@@ -122,7 +122,7 @@ class ControlConfig(Section):
     )
     """How the targets along a path are mixed; endpoint is adjoint matching."""
     decay: Annotated[float, Field(ge=0, le=1)] = 0.9
-    """weighting=geom: weight of later targets per step; targets look 1 / (1 - decay) steps ahead."""
+    """weighting=geom: weight of later targets per step; they look 1 / (1 - decay) steps ahead."""
     window: Annotated[int, Field(ge=1)] = 20
     """weighting=window: steps."""
     variate: Literal["none", "noise", "innovation"] = "noise"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cdm_ray.bridges import bridge_of, trained_control, truth_of
@@ -103,22 +103,25 @@ def _evaluate(
     return BridgeResult(_in_given_coordinates(bridge, found), made)
 
 
-def _in_given_coordinates(bridge: Bridge, found: BridgeEvaluation) -> dict[str, float]:
-    """Densities of X where the bridge's states are Y = 2 sqrt(X) / volatility; KL, costs and
-    weights are the same for both."""
-    process, metrics = bridge.process, dict(found.metrics)
-    if isinstance(process, CoxIngersollRoss):
-        end = bridge.end.double().item()
-        stretch = math.log(process.volatility**2 * end / 2)  # dX / dY
-        for name in LOG_DENSITIES:
-            if name in metrics:
-                metrics[name] -= stretch
-    return metrics
-
-
 def given_coordinates(bridge: Bridge, states: Tensor) -> Tensor:
     """States in the coordinates of the configuration."""
     process = bridge.process
     if isinstance(process, CoxIngersollRoss):
         return process.from_lamperti(states)
     return states
+
+
+def log_stretch(bridge: Bridge) -> float:
+    """log |dX / dY| at the end, between the bridge's states Y and those X of the configuration:
+    what the logs of their densities differ by."""
+    jacobian: Any = torch.autograd.functional.jacobian(
+        partial(given_coordinates, bridge), bridge.end.double()
+    )
+    return torch.linalg.slogdet(jacobian).logabsdet.item()
+
+
+def _in_given_coordinates(bridge: Bridge, found: BridgeEvaluation) -> dict[str, float]:
+    """Densities of the configuration's X; KL, costs and weights are the same as for Y."""
+    stretch = log_stretch(bridge)
+    shifted = {name: found.metrics[name] for name in LOG_DENSITIES if name in found.metrics}
+    return found.metrics | {name: value - stretch for name, value in shifted.items()}

@@ -19,7 +19,6 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from cdm_ray.bridges import bridge_of, trained_control
 from cdm_ray.checkpoint import EMA, Checkpoint
 from cdm_ray.config import BridgeConfig
 from cdm_ray.errors import ConfigError
-from cdm_ray.evaluation.bridge_evaluation import float32, given_coordinates
+from cdm_ray.evaluation.bridge_evaluation import float32, given_coordinates, log_stretch
 from cdm_ray.evaluation.bridge_metrics import WeightSummary, log_weights, simulate_bridge
 from cdm_ray.evaluation.features import tensors_digest
 from cdm_ray.evaluation.npz import short_digest
@@ -122,7 +121,7 @@ def _simulated(
     config: BridgeConfig, bridge: Bridge, control: BridgeControl
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float64]]]:
     """States [n, K + 1, d] and log weights [n] of one chunk after the other."""
-    asked, stretch = config.eval, _log_stretch(bridge)
+    asked, stretch = config.eval, log_stretch(bridge)
     firsts = range(0, asked.paths, CHUNK)
     bar = tqdm(firsts, desc="simulating paths", file=sys.stderr, dynamic_ncols=True)
     for number, first in enumerate(bar):
@@ -134,15 +133,6 @@ def _simulated(
         states = given_coordinates(bridge, paths.states).transpose(0, 1).float()
         wanted = min(CHUNK, asked.paths - first)
         yield states[:wanted].contiguous().numpy(), weights[:wanted].numpy()
-
-
-def _log_stretch(bridge: Bridge) -> float:
-    """log |dX / dY| at the end, between the bridge's states Y and those X of the configuration:
-    what the logs of their densities differ by."""
-    jacobian: Any = torch.autograd.functional.jacobian(
-        partial(given_coordinates, bridge), bridge.end.double()
-    )
-    return torch.linalg.slogdet(jacobian).logabsdet.item()
 
 
 def _settings(config: BridgeConfig, state_dict: dict[str, Tensor]) -> dict[str, Any]:
