@@ -1,5 +1,6 @@
 """Typed run configuration: pydantic models, YAML recipes, `section.field=value` overrides."""
 
+from cdm_ray.config.axes import Axis
 from cdm_ray.config.base import Section
 from cdm_ray.config.bridges import BridgeConfig
 from cdm_ray.config.common import (
@@ -31,9 +32,11 @@ from cdm_ray.config.loading import (
     recipe_names,
     to_yaml,
 )
+from cdm_ray.config.sweeps import SweepConfig, load_sweep, sweep_names
 
 __all__ = [
     "AugmentConfig",
+    "Axis",
     "BridgeConfig",
     "CPConfig",
     "CheckpointConfig",
@@ -49,6 +52,7 @@ __all__ = [
     "RunConfig",
     "SamplerConfig",
     "Section",
+    "SweepConfig",
     "TrackingConfig",
     "TrainConfig",
     "build_config",
@@ -56,6 +60,8 @@ __all__ = [
     "flatten",
     "is_of",
     "load_config",
+    "load_sweep",
     "recipe_names",
+    "sweep_names",
     "to_yaml",
 ]

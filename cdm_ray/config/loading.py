@@ -206,9 +206,10 @@ def _explain(root: type[Section], error: dict[str, Any]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return message if message.startswith(key) else f"{key}: {message}"
-    section = next((p for p in root.model_fields if p == key), None)
-    if section is not None and not isinstance(error["input"], dict):
-        message = "is a section; set its fields, e.g. " + _example_field(root, section)
+    field = root.model_fields.get(key)
+    is_section = field is not None and isinstance(field.default, Section)
+    if is_section and not isinstance(error["input"], dict):
+        message = "is a section; set its fields, e.g. " + _example_field(root, key)
     return f"{key}={error['input']!r}: {message[0].lower()}{message[1:]}"
 
 
