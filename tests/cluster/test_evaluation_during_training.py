@@ -8,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 from cdm_ray.config import ImageConfig, load_config
-from cdm_ray.training import evaluations
+from cdm_ray.training import image_run
 from cdm_ray.training.image_run import run_images
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -59,12 +59,12 @@ class KilledOnce:
 
 
 def test_numbers_arrive_at_their_steps_though_the_evaluator_is_killed(tmp_path, monkeypatch):
-    original, marker = evaluations.evaluate_step, tmp_path / "killed"
+    original, marker = image_run.evaluate_step, tmp_path / "killed"
 
     def evaluate_step(config, weights, step, manifest, map_tasks):
         return original(config, weights, step, manifest, Killed(map_tasks, marker))
 
-    monkeypatch.setattr(evaluations, "evaluate_step", evaluate_step)
+    monkeypatch.setattr(image_run, "evaluate_step", evaluate_step)
     folder = run_images(config_in(tmp_path))
     assert marker.exists()
     client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")

@@ -68,10 +68,10 @@ def test_every_step_of_the_reproduction(paper, head):
     trained = open_newest(paper / "runs/tuned").tensors("weights")
     for name, tensor in published.items():
         torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-6)
-    step("sample.py", "eval.images=5")
+    step("sample.py runs/tuned", "eval.images=5")
     pictures = list((paper / "runs/tuned/samples").rglob("0*.png"))
     assert [Image.open(picture).size for picture in pictures] == 5 * [(32, 32)]
-    step("export.py")
+    step("export.py runs/tuned")
     denoiser = load_exported(only((paper / "runs/tuned/export").rglob("model.safetensors")))
     denoised = denoiser(torch.zeros(1, 3, 32, 32), torch.ones(1), torch.eye(10)[:1])
     assert denoised.isfinite().all()
