@@ -28,7 +28,7 @@ from cdm_ray.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints inside a run's folder."""
 STATE_FILE = "state.json"

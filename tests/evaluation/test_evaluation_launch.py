@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cdm_ray.checkpoint import Checkpoint, digest_of
+from cdm_ray.checkpoint import SCHEMA_VERSION, Checkpoint, digest_of
 from cdm_ray.config import ImageConfig, build_config, to_yaml
 from cdm_ray.errors import ConfigError
 from cdm_ray.evaluation.launch import evaluate_checkpoint, evaluation_folder, print_plan
@@ -55,7 +55,7 @@ def write_checkpoint(folder, path):
     (folder / "config.yaml").write_text(to_yaml(config(path)))
     digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
     state = {"step": 3, "samples_seen": 96, "optimizer_steps": 3}
-    content = {"schema": 1, "state": state, "sha256": digests}
+    content = {"schema": SCHEMA_VERSION, "state": state, "sha256": digests}
     content["digest"] = digest_of(content)
     (folder / "state.json").write_text(json.dumps(content))
     return Checkpoint.open(folder)

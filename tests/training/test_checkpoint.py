@@ -112,7 +112,7 @@ def test_damaged_file_is_named_and_the_checkpoint_before_is_used(root, name, dam
         lambda text: "",
         lambda text: "[]",
         lambda text: text.replace('"step": 3', '"step": 1'),
-        lambda text: text.replace('"schema": 1', '"schema": 99'),
+        lambda text: text.replace('"schema": 2', '"schema": 1'),
     ],
     ids=["truncated", "empty", "not an object", "other step", "other schema"],
 )
