@@ -6,35 +6,21 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
-from scipy import stats
 
 from benchmarks import bridge_step
 from benchmarks.bridge_runs import FEASIBLE, NEAR, Result, own_variant
 from cdm_ray.config import BridgeConfig, load_config
+from cdm_ray.sweep import intervals
 
 
-@dataclass(frozen=True)
-class Interval:
-    """Mean and half width of the 95 % Student interval; no width for a single value."""
-
-    mean: float
-    half_width: float | None
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Interval:
-        array = np.array(list(values))
-        if len(array) == 1:
-            return cls(float(array[0]), None)
-        half = stats.t.ppf(0.975, len(array) - 1) * stats.sem(array)
-        return cls(float(array.mean()), float(half))
+class Interval(intervals.Interval):
+    """As the tables show it."""
 
     def __str__(self) -> str:
         """The width to two digits, the mean as far; three digits without a width."""

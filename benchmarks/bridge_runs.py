@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from benchmarks.alone import Training
-from cdm_ray.bridges import bridge_of, trained_control, truth_of
+from cdm_ray.bridges import bridge_of, trained_control
 from cdm_ray.config import BridgeConfig, load_config
 from cdm_ray.errors import RunFailed
-from cdm_ray.evaluation.bridge_evaluation import float32
+from cdm_ray.evaluation.bridge_evaluation import float32, truth_of
 from cdm_ray.evaluation.bridge_metrics import (
     WeightSummary,
     evaluate_bridge,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,30 +10,16 @@ from rich.table import Table
 
 from cdm_ray.bridges import bridge_of
 from cdm_ray.config import BridgeConfig, to_yaml
-from cdm_ray.report import RESULTS_FILE, resources_line
+from cdm_ray.report import Summary, resources_line
 
 
-@dataclass(frozen=True)
-class BridgeSummary:
-    """`results.json` of a finished run."""
+@dataclass(frozen=True, kw_only=True)
+class BridgeSummary(Summary):
+    """`results.json` of a finished bridge."""
 
-    run: str
-    recipe: str
-    seed: int
     iterations: int
     path_steps_per_second: float | None
     """Median while training; None if it was not measured."""
-    metrics: dict[str, float]
-    checkpoint: str
-    figures: dict[str, str]
-    ui_command: str
-
-    @classmethod
-    def load(cls, folder: Path) -> BridgeSummary:
-        return cls(**json.loads((folder / RESULTS_FILE).read_text()))
-
-    def save(self, folder: Path) -> None:
-        (folder / RESULTS_FILE).write_text(json.dumps(vars(self), indent=1))
 
 
 def print_plan(config: BridgeConfig) -> None:

@@ -17,9 +17,6 @@ from cdm_ray.checkpoint import CONFIG_FILE, EMA, open_newest
 from cdm_ray.config import BridgeConfig, is_of, load_config
 from cdm_ray.config.bridges import SigmaSchedule
 from cdm_ray.errors import ConfigError
-from cdm_ray.evaluation.backward_grid import Grid
-from cdm_ray.evaluation.bridge_truth import CIRTruth, GaussianTruth, Truth
-from cdm_ray.evaluation.grid_truth import solve
 from cdm_ray.networks.control import BridgeControl, ControlNetwork
 from cdm_ray.objectives.bridge import ControlConsistency
 from cdm_ray.processes.bridge import Bridge
@@ -123,20 +120,6 @@ def _check_stiffness(
                 f"{math.ceil(rate * duration / STABLE)}, better "
                 f"{math.ceil(rate * duration / 0.3)}"
             )
-
-
-def truth_of(config: BridgeConfig, bridge: Bridge, cache_folder: Path) -> Truth | None:
-    """What is known exactly about a bridge: its closed form, else the solution on `eval.grid`,
-    which is kept in the cache, else nothing."""
-    process = bridge.process
-    if isinstance(process, (Brownian, OrnsteinUhlenbeck)):
-        return GaussianTruth(process, bridge.end, bridge.duration)
-    if isinstance(process, CoxIngersollRoss):
-        return CIRTruth(process, bridge.end, bridge.duration)
-    if config.eval.grid is None:
-        return None
-    grid = Grid(**config.eval.grid.model_dump())
-    return solve(process, bridge.start, bridge.end, bridge.duration, grid, cache_folder)
 
 
 def control_of(config: BridgeConfig, bridge: Bridge) -> BridgeControl:

@@ -93,16 +93,10 @@ def _kind_of_run(checkpoint: Checkpoint, roots: Sequence[type[JobConfig]]) -> ty
 
 
 def _check_unchanged(checkpoint: Checkpoint, trained: JobConfig, config: JobConfig) -> None:
-    before = trained.learned()
-    changed = [
-        f"{key} was {before[key]}, is {value}"
-        for key, value in config.learned().items()
-        if value != before[key]
-    ]
-    if changed:
+    if changed := config.changed_from(trained):
         raise ConfigError(
             f"{checkpoint.folder}: what was learned cannot be changed afterwards "
-            f"({'; '.join(changed)}); leave that out"
+            f"({'; '.join(changed.values())}); leave that out"
         )
 
 

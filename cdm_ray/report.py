@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from rich.console import Console
 from rich.table import Table
@@ -18,29 +19,35 @@ from cdm_ray.objectives.cp import forward_units
 RESULTS_FILE = "results.json"
 
 
-@dataclass(frozen=True)
-class RunSummary:
-    """`results.json` of a finished run."""
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """`results.json` of a finished run, whatever it trained."""
 
     run: str
     recipe: str
-    cp_weight: float
     seed: int
-    images: int
-    images_per_second: float | None
-    """Median while training; None if it was not measured."""
     metrics: dict[str, float]
     checkpoint: str
-    grids: dict[str, str]
     figures: dict[str, str]
     ui_command: str
 
     @classmethod
-    def load(cls, folder: Path) -> RunSummary:
+    def load(cls, folder: Path) -> Self:
         return cls(**json.loads((folder / RESULTS_FILE).read_text()))
 
     def save(self, folder: Path) -> None:
         (folder / RESULTS_FILE).write_text(json.dumps(vars(self), indent=1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary(Summary):
+    """Of an image run."""
+
+    cp_weight: float
+    images: int
+    images_per_second: float | None
+    """Median while training; None if it was not measured."""
+    grids: dict[str, str]
 
 
 def print_plan(config: ImageConfig) -> None:

@@ -12,11 +12,11 @@ from cdm_ray.bridges import (
     load_control,
     process_of,
     trained_control,
-    truth_of,
 )
 from cdm_ray.cli import run_checkpoint_job
 from cdm_ray.config import BridgeConfig, ImageConfig, build_config, load_config
 from cdm_ray.errors import ConfigError
+from cdm_ray.evaluation.bridge_evaluation import truth_of
 from cdm_ray.evaluation.bridge_truth import CIRTruth, GaussianTruth
 from cdm_ray.evaluation.grid_truth import GridTruth
 from cdm_ray.processes.references import (

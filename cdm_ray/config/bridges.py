@@ -7,9 +7,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from cdm_ray.config.base import Count, Fraction, NonNegative, Positive, PositiveCount, Section
+from cdm_ray.config.base import (
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    PositiveCount,
+    PowerOfTwo,
+    Section,
+)
 from cdm_ray.config.common import (
     CheckpointConfig,
     JobConfig,
@@ -149,7 +157,7 @@ class SimulationConfig(Section):
     """Time steps of a path."""
     paths: PositiveCount = 64
     """Paths of an iteration over all workers."""
-    lanes: Annotated[int, Field(ge=1)] = 8
+    lanes: PowerOfTwo = 8
     """Parts of the paths with their own random numbers; a power of two. The result of a run
     depends on it, and not on the number of workers, which may be at most this."""
     scheme: Literal["guided", "euler"] = "guided"
@@ -157,13 +165,6 @@ class SimulationConfig(Section):
     Both call the network once a step."""
     replay: Count = 0
     """Earlier rollouts that an iteration's paths are drawn from, besides its own."""
-
-    @field_validator("lanes")
-    @classmethod
-    def _power_of_two(cls, lanes: int) -> int:
-        if lanes & (lanes - 1):
-            raise ValueError(f"{lanes} is not a power of two; use 1, 2, 4, 8, 16, ...")
-        return lanes
 
 
 class BridgeTrainConfig(TrainConfig):

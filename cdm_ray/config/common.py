@@ -142,6 +142,11 @@ class JobConfig(Section):
         """`section.field` and value of everything that changes what the run learns."""
         return {k: v for k, v in flatten(self).items() if not k.startswith(self.NOT_LEARNED)}
 
+    def changed_from(self, before: Self) -> dict[str, str]:
+        """What has been learned otherwise: `section.field` and a text with both values."""
+        was, now = before.learned(), self.learned()
+        return {key: f"{key} was {was[key]}, is {now[key]}" for key in now if was[key] != now[key]}
+
     def resolved(self) -> Self:
         """The same with the run's name fixed and every local path absolute, so that a worker with
         another working directory reads it alike."""

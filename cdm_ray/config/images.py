@@ -9,9 +9,17 @@ from __future__ import annotations
 import math
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from cdm_ray.config.base import Count, Fraction, NonNegative, Positive, PositiveCount, Section
+from cdm_ray.config.base import (
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    PositiveCount,
+    PowerOfTwo,
+    Section,
+)
 from cdm_ray.config.common import (
     CheckpointConfig,
     JobConfig,
@@ -37,7 +45,7 @@ class DataConfig(Section):
     """1 for greyscale, 3 for RGB."""
     samples_per_shard: PositiveCount = 1000
     """Images in one shard when packing."""
-    lanes: Annotated[int, Field(ge=1)] = 16
+    lanes: PowerOfTwo = 16
     """Parts of the global batch with their own data order and random numbers; a power of two. The
     result of a run depends on it, and not on the number of workers, which may be at most this."""
     decode_threads: Annotated[int, Field(ge=1)] = 1
@@ -48,13 +56,6 @@ class DataConfig(Section):
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
     """Damaged images are skipped and logged up to this share of those read; beyond it the run
     fails."""
-
-    @field_validator("lanes")
-    @classmethod
-    def _power_of_two(cls, lanes: int) -> int:
-        if lanes & (lanes - 1):
-            raise ValueError(f"{lanes} is not a power of two; use 1, 2, 4, 8, 16, ...")
-        return lanes
 
 
 class NetworkConfig(Section):

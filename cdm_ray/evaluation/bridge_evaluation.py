@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdm_ray.bridges import bridge_of, trained_control, truth_of
+from cdm_ray.bridges import bridge_of, trained_control
 from cdm_ray.config import BridgeConfig
+from cdm_ray.evaluation.backward_grid import Grid
 from cdm_ray.evaluation.bridge_figures import bridge_figures
 from cdm_ray.evaluation.bridge_metrics import BridgeEvaluation, evaluate_bridge
+from cdm_ray.evaluation.bridge_truth import CIRTruth, GaussianTruth, Truth
+from cdm_ray.evaluation.grid_truth import solve
 from cdm_ray.evaluation.parts import write_whole
 from cdm_ray.evaluation.results import RESULTS_NAME
 from cdm_ray.evaluation.tasks import MapTasks
 from cdm_ray.processes.bridge import Bridge
-from cdm_ray.processes.references import CoxIngersollRoss
+from cdm_ray.processes.references import Brownian, CoxIngersollRoss, OrnsteinUhlenbeck
 from cdm_ray.processes.simulation import Paths
 
 CACHE = "truth"
@@ -71,6 +74,20 @@ def course_points(evaluations: Path) -> list[dict[str, Any]]:
         step = int(path.parent.name.removeprefix("step-"))
         found.append({"step": step, "metrics": json.loads(path.read_text())["metrics"]})
     return found
+
+
+def truth_of(config: BridgeConfig, bridge: Bridge, cache_folder: Path) -> Truth | None:
+    """What is known exactly about a bridge: its closed form, else the solution on `eval.grid`,
+    which is kept in the cache, else nothing."""
+    process = bridge.process
+    if isinstance(process, (Brownian, OrnsteinUhlenbeck)):
+        return GaussianTruth(process, bridge.end, bridge.duration)
+    if isinstance(process, CoxIngersollRoss):
+        return CIRTruth(process, bridge.end, bridge.duration)
+    if config.eval.grid is None:
+        return None
+    grid = Grid(**config.eval.grid.model_dump())
+    return solve(process, bridge.start, bridge.end, bridge.duration, grid, cache_folder)
 
 
 def float32(bridge: Bridge) -> Bridge:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cdm_ray import cluster
 from cdm_ray.bridge_report import BridgeSummary
-from cdm_ray.bridges import bridge_of, truth_of
+from cdm_ray.bridges import bridge_of
 from cdm_ray.checkpoint import EMA, checkpoint_name
 from cdm_ray.cluster import TaskResources
 from cdm_ray.config import BridgeConfig
@@ -20,13 +20,18 @@ from cdm_ray.evaluation.bridge_evaluation import (
     BridgeResult,
     course_points,
     evaluate_weights,
+    truth_of,
 )
 from cdm_ray.evaluation.launch import EVALUATIONS, evaluation_folder
 from cdm_ray.evaluation.tasks import MapTasks
 from cdm_ray.report import RESULTS_FILE
-from cdm_ray.tracking import RunHandle, Tracker, ui_command
+from cdm_ray.tracking import RunHandle, ui_command
 from cdm_ray.training.bridge_worker import train_worker
-from cdm_ray.training.evaluations import EvaluationsDuringTraining, worker_gpus
+from cdm_ray.training.evaluations import (
+    EvaluationsDuringTraining,
+    record_evaluation,
+    worker_gpus,
+)
 from cdm_ray.training.launch import final_checkpoint, tracked_run, train
 
 TOLD = ("kl_from_truth", "cost", "ess")
@@ -69,7 +74,9 @@ def run_bridge(config: BridgeConfig) -> Path:
         course = evaluation_folder(config.run_folder, checkpoint.name) / "course.png"
         course_figure(course_points(config.run_folder / EVALUATIONS), course)
         found = BridgeResult(found.metrics, found.figures | {"course": course})
-        record_evaluation(tracking, step, found, checkpoint.folder)
+        record_evaluation(
+            tracking, step, found.metrics, found.figures.values(), checkpoint=checkpoint.folder
+        )
         _summary(config, step, found, checkpoint.folder, speed, tracking).save(config.run_folder)
     return config.run_folder
 
@@ -77,22 +84,6 @@ def run_bridge(config: BridgeConfig) -> Path:
 def cache_folder(config: BridgeConfig) -> Path:
     """Where solutions on grids are kept."""
     return Path(config.run.storage) / CACHE
-
-
-def record_evaluation(
-    tracking: RunHandle, step: int, found: BridgeResult, checkpoint: Path | None = None
-) -> None:
-    """Numbers and figures on the MLflow run, at their step; and which checkpoint they are of, if
-    it is kept."""
-    tracker = Tracker(tracking)
-    try:
-        tracker.log_metrics({f"eval/{name}": v for name, v in found.metrics.items()}, step)
-        for path in found.figures.values():
-            tracker.log_figure(path)
-        if checkpoint is not None:
-            tracker.set_tag("checkpoint", str(checkpoint))
-    finally:
-        tracker.close(timeout=30.0)
 
 
 def _evaluations(
@@ -114,7 +105,7 @@ def _evaluations(
             paths=config.eval.course_paths,
             figures=False,
         )
-        record_evaluation(tracking, step, found)
+        record_evaluation(tracking, step, found.metrics, found.figures.values())
         return {name: found.metrics[name] for name in TOLD if name in found.metrics}
 
     return EvaluationsDuringTraining(config, evaluate_snapshot, tracking, use_gpu=use_gpu)

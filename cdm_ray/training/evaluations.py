@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +41,30 @@ GPU_SHARE = 0.1
 def snapshot_path(config: JobConfig, step: int) -> Path:
     """Where the workers leave the averaged weights of a step."""
     return evaluation_folder(config.run_folder, checkpoint_name(step)) / SNAPSHOT
+
+
+def record_evaluation(
+    tracking: RunHandle,
+    step: int,
+    metrics: Mapping[str, float],
+    figures: Iterable[Path],
+    *,
+    images: Mapping[str, Path] | None = None,
+    checkpoint: Path | None = None,
+) -> None:
+    """Numbers and figures on the MLflow run, at their step, `images` with a slider over the steps;
+    and which checkpoint they are of, if it is kept."""
+    tracker = Tracker(tracking)
+    try:
+        tracker.log_metrics({f"eval/{name}": value for name, value in metrics.items()}, step)
+        for name, path in (images or {}).items():
+            tracker.log_image(path, name, step)
+        for path in figures:
+            tracker.log_figure(path)
+        if checkpoint is not None:
+            tracker.set_tag("checkpoint", str(checkpoint))
+    finally:
+        tracker.close(timeout=30.0)
 
 
 def worker_gpus(config: JobConfig) -> float:

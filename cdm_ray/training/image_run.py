@@ -19,8 +19,12 @@ from cdm_ray.evaluation.launch import evaluation_folder
 from cdm_ray.evaluation.tasks import MapTasks
 from cdm_ray.initial_weights import initialise
 from cdm_ray.report import RESULTS_FILE, RunSummary
-from cdm_ray.tracking import RunHandle, Tracker, ui_command
-from cdm_ray.training.evaluations import EvaluationsDuringTraining, worker_gpus
+from cdm_ray.tracking import RunHandle, ui_command
+from cdm_ray.training.evaluations import (
+    EvaluationsDuringTraining,
+    record_evaluation,
+    worker_gpus,
+)
 from cdm_ray.training.image_worker import random_network, train_worker
 from cdm_ray.training.launch import final_checkpoint, tracked_run, train
 
@@ -61,7 +65,7 @@ def run_images(config: ImageConfig) -> Path:
             manifest,
             partial(cluster.map_tasks, resources=TaskResources(gpus=float(use_gpu))),
         )
-        record_evaluation(tracking, checkpoint.state.step, evaluation, checkpoint.folder)
+        _record(tracking, checkpoint.state.step, evaluation, checkpoint.folder)
         _save_summary(config, tracking, checkpoint, evaluation, speed)
     return config.run_folder
 
@@ -76,7 +80,7 @@ def _evaluations(
         weights: dict[str, Tensor], step: int, map_tasks: MapTasks
     ) -> dict[str, float]:
         found = evaluate_step(config, weights, step, manifest, map_tasks)
-        record_evaluation(tracking, step, found)
+        _record(tracking, step, found)
         return {name: v for name, v in found.metrics.items() if name.startswith(TOLD)}
 
     return EvaluationsDuringTraining(config, evaluate_snapshot, tracking, use_gpu=use_gpu)
@@ -100,24 +104,19 @@ def evaluate_step(
     )
 
 
-def record_evaluation(
+def _record(
     tracking: RunHandle, step: int, evaluation: EvaluationResult, checkpoint: Path | None = None
 ) -> None:
-    """Numbers, sample grids and figures on the MLflow run, at their step; and which checkpoint
-    they are of, if it is kept."""
-    tracker = Tracker(tracking)
-    try:
-        tracker.log_metrics(
-            {f"eval/{name}": value for name, value in evaluation.metrics.items()}, step
-        )
-        for name, path in evaluation.grids.items():
-            tracker.log_image(path, f"samples_{name}", step)
-        for path in [*evaluation.figures.values(), *evaluation.grids.values()]:
-            tracker.log_figure(path)
-        if checkpoint is not None:
-            tracker.set_tag("checkpoint", str(checkpoint))
-    finally:
-        tracker.close(timeout=30.0)
+    """The last sample grids are figures too: under their long names people do not find them."""
+    grids, figures = evaluation.grids, evaluation.figures
+    record_evaluation(
+        tracking,
+        step,
+        evaluation.metrics,
+        [*figures.values(), *grids.values()],
+        images={f"samples_{name}": path for name, path in grids.items()},
+        checkpoint=checkpoint,
+    )
 
 
 def _save_summary(

@@ -48,12 +48,8 @@ def claim_folder(config: JobConfig) -> None:
     folder = config.run_folder
     path = folder / CONFIG_FILE
     if path.is_file():
-        before, now = load_config(type(config), str(path)).learned(), config.learned()
-        changed = [
-            f"{key} was {before[key]}, is {now[key]}"
-            for key in now
-            if before[key] != now[key] and key != config.length_field
-        ]
+        found = config.changed_from(load_config(type(config), str(path)))
+        changed = [text for key, text in found.items() if key != config.length_field]
         if changed:
             raise ConfigError(
                 f"run.name={config.run_name}: {folder} holds a run with other settings "

@@ -17,9 +17,10 @@ import pyarrow.parquet
 import pytest
 from scipy.stats import ncx2, norm
 
-from cdm_ray.bridges import bridge_of, control_of, truth_of
+from cdm_ray.bridges import bridge_of, control_of
 from cdm_ray.config import BridgeConfig, build_config
 from cdm_ray.errors import ConfigError, RunFailed
+from cdm_ray.evaluation.bridge_evaluation import truth_of
 from cdm_ray.evaluation.sample_images import SETTINGS_NAME
 from cdm_ray.evaluation.sample_paths import CHUNK, paths_file, print_plan, sample_paths
 from tests.checkpoints import make_checkpoint
