@@ -2,7 +2,8 @@
 and drift.
 
 The model is blue and solid in all figures, the truth orange and dashed. The model's drift is
-b + a g, from its score g.
+b + a g, from its score g. States are those of the bridge, for a Cox-Ingersoll-Ross process
+Lamperti's; the axes say so.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from cdm_ray.evaluation.bridge_truth import GaussianTruth, Truth
 from cdm_ray.evaluation.figures import BLUE, GREY, ORANGE
 from cdm_ray.evaluation.plotting import TITLE_LEFT, new_figure, save_figure, style_axes
 from cdm_ray.processes.bridge import Bridge
-from cdm_ray.processes.references import GradientProcess, ReferenceProcess
+from cdm_ray.processes.references import CoxIngersollRoss, GradientProcess, ReferenceProcess
 from cdm_ray.processes.rollout import Field
 from cdm_ray.processes.simulation import Paths, simulate
 
@@ -59,7 +60,7 @@ def bridge_figures(
     files = {name: folder / f"{name}.png" for name in ("paths", "marginals", "drift")}
     save_figure(paths_figure(bridge, paths), files["paths"])
     exact = None if truth is None else true_paths(bridge, truth, paths)
-    save_figure(marginals_figure(paths, exact), files["marginals"])
+    save_figure(marginals_figure(bridge, paths, exact), files["marginals"])
     save_figure(drift_figure(bridge, score, paths, truth), files["drift"])
     return files
 
@@ -163,11 +164,11 @@ def _paths_over_time(bridge: Bridge, paths: Paths) -> Figure:
         left = deep - 0.03 * (highest - deep)
         side.fill_betweenx(x, left, potential, color="#d9d9d9")
         side.plot(potential, x, color=GREY, linewidth=1.2)
-        side.set(xlim=(left, highest), xlabel="potential U(x)")
+        side.set(xlim=(left, highest), xlabel="potential U")
         style_axes(side)
     axes.plot(_numpy(paths.times), states, color=BLUE, linewidth=0.7, alpha=0.45)
     _mark_ends(figure, axes, (0.0, bridge.start.item()), (bridge.duration, bridge.end.item()))
-    axes.set(ylim=(low, high), xlabel="time t", ylabel="state x")
+    axes.set(ylim=(low, high), xlabel="time t", ylabel=_state_label(process))
     style_axes(axes)
     figure.suptitle(f"{_PATHS_QUESTION} {states.shape[1]} of its paths", **TITLE_LEFT)
     return figure
@@ -233,7 +234,7 @@ def _box(values: Array) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def marginals_figure(paths: Paths, exact: Paths | None) -> Figure:
+def marginals_figure(bridge: Bridge, paths: Paths, exact: Paths | None) -> Figure:
     """Quantiles over time of the first two coordinates, and their density at the time of
     the widest spread."""
     own, times = _numpy(paths.states), _numpy(paths.times)
@@ -251,7 +252,7 @@ def marginals_figure(paths: Paths, exact: Paths | None) -> Figure:
         _draw_bands(over_time, times, mine, truly)
         over_time.axvline(times[widest], color=GREY, linewidth=1, linestyle=":")
         _draw_densities(at_once, mine[widest], None if truly is None else truly[widest])
-        over_time.set_ylabel("state x" if dim == 1 else f"x{'₁₂'[coordinate]}")
+        over_time.set_ylabel(_state_label(bridge.process) if dim == 1 else f"x{'₁₂'[coordinate]}")
         at_once.set_title(f"at t = {times[widest]:.3g} (dotted)", loc="left", fontsize=9)
         for axes in (over_time, at_once):
             style_axes(axes)
@@ -325,7 +326,7 @@ def _drift_curves(bridge: Bridge, score: Field, paths: Paths, truth: Truth | Non
     for axes in grid[:, 0]:
         axes.set_ylabel("drift b + σ²g")
     for axes in grid[1]:
-        axes.set_xlabel("state x")
+        axes.set_xlabel(_state_label(bridge.process))
     grid[0, 0].legend(frameon=False, fontsize=9)
     figure.suptitle(f"{question} Grey: where 98 % of the model's paths are", **TITLE_LEFT)
     return figure
@@ -353,6 +354,13 @@ def _drift_clouds(bridge: Bridge, score: Field, paths: Paths, truth: Truth | Non
         title = "How does the learned drift steer? On the line it does not"
     figure.suptitle(title, **TITLE_LEFT)
     return figure
+
+
+def _state_label(process: ReferenceProcess) -> str:
+    """Of the axis of a state in one dimension."""
+    if isinstance(process, CoxIngersollRoss):
+        return "Lamperti's y = 2√x / volatility"
+    return "state x"
 
 
 def _rms(values: Array) -> float:

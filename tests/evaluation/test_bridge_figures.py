@@ -28,6 +28,7 @@ from cdm_ray.processes.bridge import Bridge
 from cdm_ray.processes.references import (
     Brownian,
     Cell,
+    CoxIngersollRoss,
     DoubleWell,
     MuellerBrown,
     OrnsteinUhlenbeck,
@@ -225,8 +226,8 @@ def test_without_a_truth_nothing_is_dashed_or_called_exact(dim):
     score = guided(bridge)
     paths, truth = model_paths(bridge, score), truth_of(bridge)
     exact = true_paths(bridge, truth, paths)
-    known = [marginals_figure(paths, exact), drift_figure(bridge, score, paths, truth)]
-    unknown = [marginals_figure(paths, None), drift_figure(bridge, score, paths, None)]
+    known = [marginals_figure(bridge, paths, exact), drift_figure(bridge, score, paths, truth)]
+    unknown = [marginals_figure(bridge, paths, None), drift_figure(bridge, score, paths, None)]
     assert len(lines(known[0], ORANGE, "--")) == len(QUANTILES) * dim
     assert len(lines(known[1], ORANGE, "--")) == (4 if dim == 1 else 0)
     for figure in known:
@@ -256,7 +257,7 @@ def test_the_exact_score_is_on_the_line_and_an_error_of_the_score_counts_sigma_s
 
 def test_of_many_coordinates_the_title_says_which_are_shown():
     bridge = linear_bridge(5)
-    figure = marginals_figure(model_paths(bridge, guided(bridge)), None)
+    figure = marginals_figure(bridge, model_paths(bridge, guided(bridge)), None)
     assert "the first two of 5 coordinates" in titles(figure)
 
 
@@ -330,9 +331,39 @@ def test_a_course_of_nothing_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+CIR = CoxIngersollRoss(rate=1.0, mean=2.0, volatility=0.5)
+
+
+@pytest.mark.parametrize(
+    ("bridge", "shown", "not_shown"),
+    [
+        (linear_bridge(1), "state x", "volatility"),
+        (
+            Bridge(CIR, CIR.to_lamperti(t64(2.0)), CIR.to_lamperti(t64(3.0)), 1.0),
+            "y = 2√x / volatility",
+            "state x",
+        ),
+    ],
+    ids=["ou", "cir"],
+)
+def test_the_axes_of_all_figures_tell_whether_states_are_those_of_lamperti(
+    bridge, shown, not_shown
+):
+    score = guided(bridge)
+    paths = model_paths(bridge, score, steps=100)
+    for figure in (
+        paths_figure(bridge, paths),
+        marginals_figure(bridge, paths, None),
+        drift_figure(bridge, score, paths, None),
+    ):
+        told = " ".join(labels(figure))
+        assert shown in told
+        assert not_shown not in told
+
+
 def test_model_and_truth_have_their_colours():
     bridge = linear_bridge(1)
     paths = model_paths(bridge, guided(bridge))
-    figure = marginals_figure(paths, true_paths(bridge, truth_of(bridge), paths))
+    figure = marginals_figure(bridge, paths, true_paths(bridge, truth_of(bridge), paths))
     (median,) = lines(figure, BLUE, "-")
     np.testing.assert_allclose(median.get_ydata(), np.median(paths.states[:, :, 0], axis=1))
