@@ -106,5 +106,7 @@ def test_how_a_run_is_judged_is_no_part_of_its_identity():
 
 
 @pytest.mark.parametrize("recipe", recipe_names(BridgeConfig))
-def test_recipes_are_read(recipe):
-    assert load_config(BridgeConfig, recipe).recipe == recipe
+def test_recipes_are_read_and_evaluated_often_enough_for_a_curve(recipe):
+    read = load_config(BridgeConfig, recipe)
+    assert read.recipe == recipe
+    assert len(read.evaluation_steps) >= 3  # and one at the end
