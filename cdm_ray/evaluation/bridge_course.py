@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator
 
 from cdm_ray.evaluation.figures import BLUE, GREEN, ORANGE
 from cdm_ray.evaluation.plotting import TITLE_LEFT, new_figure, save_figure, style_axes
@@ -33,8 +34,9 @@ _COURSE = (
     ),
     _Panel("path cost ½ E∫|u|² dt", {"cost": ("model", BLUE)}),
     _Panel(
-        "bound of log p(end | start), nats",
-        {"log_p_bound": ("lower bound from the model", BLUE)},
+        "log p(end | start), nats",
+        # A bound for Euler steps, it may lie above what is exact in continuous time.
+        {"log_p_bound": ("lower bound at finite dt", BLUE)},
         level="log_p_truth",
     ),
     _Panel("effective sample size, share", {"ess": ("importance weights", BLUE)}, scale="share"),
@@ -72,28 +74,43 @@ def course(points: Sequence[Mapping[str, Any]], name: str) -> dict[int, tuple[fl
 
 def _draw_course(axes: Axes, panel: _Panel, points: Sequence[Mapping[str, Any]]) -> None:
     drawn = []
-    for name, (label, colour) in panel.curves.items():
+    for number, (name, (label, colour)) in enumerate(panel.curves.items()):
         if not (values := course(points, name)):
             continue
         mean, bar = np.array(list(values.values())).T * ((1.0,), (1.96,))
+        wide = len(panel.curves) - number  # those below, where curves lie on each other
         axes.errorbar(
             list(values), mean, yerr=bar if bar.any() else None, label=label, color=colour,
-            linewidth=1.5, elinewidth=1.2, marker="o", markersize=4, capsize=2.5,
+            linewidth=1.3 * wide, elinewidth=1.2, marker="o", markersize=2 + 2 * wide,
+            capsize=1 + 1.5 * wide,
         )  # fmt: skip
         drawn.append((mean, bar))
     if panel.level is not None and (level := course(points, panel.level)):
         exact = list(level.values())[-1][0]
-        axes.axhline(exact, color=ORANGE, linewidth=1.4, linestyle="--", label="exact")
+        axes.axhline(exact, color=ORANGE, linewidth=1.4, linestyle="--", label="exact, dt → 0")
     if panel.scale == "share":
-        axes.set_ylim(0, 1)
+        axes.set_ylim(0, 1.03)  # room for the markers at 1
     if panel.scale == "log":
         mean, bar = np.concatenate(drawn, axis=1)
         if (positive := mean > 0).any():
             # A bar that reaches 0 leaves the figure, instead of stretching it without end.
             lowest = np.maximum(mean - bar, mean / 10)[positive].min()
-            axes.set_yscale("log", nonpositive="clip")
-            axes.set_ylim(lowest / 1.3, (mean + bar).max() * 1.3)
+            _log_axis(axes, lowest / 1.3, (mean + bar).max() * 1.3)
     axes.set(xlabel="optimizer step", ylabel=panel.label)
     style_axes(axes)
     if len(axes.get_legend_handles_labels()[0]) > 1:
-        axes.legend(frameon=False, fontsize=9)
+        # Above the axes, where it covers nothing.
+        axes.legend(
+            frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=2,
+            borderaxespad=0,
+        )  # fmt: skip
+
+
+def _log_axis(axes: Axes, low: float, high: float) -> None:
+    """Of the ordinate, with several labels even where it spans less than a decade."""
+    axes.set_yscale("log", nonpositive="clip")
+    axes.set_ylim(low, high)
+    if high < 100 * low:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")

@@ -322,6 +322,7 @@ def _drift_curves(bridge: Bridge, score: Field, paths: Paths, truth: Truth | Non
         name = "reference drift b" if truth is None else "exact"
         axes.plot(x, _numpy(compared(states, t)), linewidth=1.6, label=name, **looks)
         axes.set_title(f"t = {t.item():.3g}", loc="left", fontsize=10)
+        axes.locator_params("x", nbins=6)
         style_axes(axes)
     for axes in grid[:, 0]:
         axes.set_ylabel("drift b + σ²g")
@@ -345,6 +346,7 @@ def _drift_clouds(bridge: Bridge, score: Field, paths: Paths, truth: Truth | Non
         sizes = f"rms {_rms(up):.3g}, of the difference {_rms(up - across):.3g}"
         axes.set_title(f"{name}: {sizes}", loc="left", fontsize=10)
         axes.set_xlabel("reference drift b" if truth is None else "exact drift b + σ²g")
+        axes.locator_params("x", nbins=5)  # labels such as −12.5 are wide
         style_axes(axes)
     grid[0].set_ylabel("learned drift b + σ²g")
     figure.colorbar(points, ax=grid, label="time t")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cdm_ray.evaluation import bridge_course
 from cdm_ray.evaluation.bridge_course import course, course_figure
 from cdm_ray.evaluation.bridge_figures import (
     QUANTILES,
@@ -323,6 +324,49 @@ def test_a_divergence_that_is_not_positive_does_not_break_the_log_axis(values, t
     found = [{"step": i, "metrics": {"kl_to_truth": value}} for i, value in enumerate(values)]
     course_figure(found, tmp_path / "course.png")
     assert (tmp_path / "course.png").exists()
+
+
+@pytest.fixture
+def course_axes(tmp_path, monkeypatch):
+    """Draws a course and returns its axes."""
+
+    def draw(found):
+        shown = []
+        monkeypatch.setattr(bridge_course, "save_figure", lambda figure, path: shown.append(figure))
+        course_figure(found, tmp_path / "course.png")
+        shown[0].canvas.draw()
+        return shown[0].axes
+
+    return draw
+
+
+def test_legends_of_a_course_are_beside_the_curves_and_a_share_of_1_is_inside(course_axes):
+    found = points()
+    for point in found:
+        more = {"kl_to_truth": 0.1, "log_p_bound": -1.0, "log_p_truth": -0.9, "ess": 1.0}
+        point["metrics"] |= more
+    kl, cost, bound, share = course_axes(found)
+    for axes in (kl, bound):
+        assert axes.get_legend().get_window_extent().y0 >= axes.get_window_extent().y1
+    assert cost.get_legend() is None
+    assert share.get_ylim()[1] > 1
+
+
+def labelled(axes):
+    low, high = axes.get_ylim()
+    ticks = zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
+    return [label.get_text() for tick, label in ticks if low <= tick <= high]
+
+
+def test_a_log_axis_is_labelled_with_numbers_over_less_than_a_decade_and_with_powers_over_many(
+    course_axes,
+):
+    def axis(*values):
+        found = [{"step": i, "metrics": {"kl_to_truth": v}} for i, v in enumerate(values)]
+        return labelled(course_axes(found)[0])
+
+    assert axis(0.15, 0.4) == ["0.2", "0.3", "0.5"]
+    assert all("10^" in label for label in axis(1e-4, 10.0))
 
 
 def test_a_course_of_nothing_is_refused(tmp_path):
