@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pyarrow.parquet as parquet
+import pytest
 import torch
 from mlflow import MlflowClient
 
@@ -24,21 +25,31 @@ SHORT = [
     "eval.grid.points=[401]",
     "eval.grid.steps=400",
 ]
+OWN = ["process.kind=user", "process.drift=my_well:drift", "process.height=null"]
+"""The process of the recipe as a drift of one's own, which every process of a run has to find."""
 
 
-def test_a_bridge_is_trained_evaluated_sampled_and_imported(checkout, head):
-    told = run(command_with("python jobs/train_bridge.py double-well-5"), checkout, head, *SHORT)
+@pytest.fixture
+def with_modules(checkout, head):
+    """Environment in which commands find the cluster and the modules in the working folder."""
+    (checkout / "my_well.py").write_text("def drift(x):\n    return -20 * x * (x * x - 1)\n")
+    return head | {"PYTHONPATH": str(checkout)}
+
+
+def test_a_bridge_with_a_drift_of_ones_own_is_trained_evaluated_and_sampled(checkout, with_modules):
+    command = command_with("python jobs/train_bridge.py double-well-5")
+    told = run(command, checkout, with_modules, *SHORT, *OWN)
     assert "KL(truth || model), nats" in told
     assert "evaluation at step 40: kl_from_truth" in told
     folder = checkout / "runs" / "rare"
     results = json.loads((folder / "results.json").read_text())
-    assert results["metrics"]["log_p_truth"] < -7
+    # That of the double well with a barrier of 5, on a grid of a quarter of the nodes, too.
+    assert results["metrics"]["log_p_truth"] == pytest.approx(-7.6054, abs=1e-3)
     assert set(results["figures"]) == {"paths", "marginals", "drift", "course"}
 
     client = MlflowClient(f"sqlite:///{checkout}/runs/mlflow.db")
     experiment = client.get_experiment_by_name("cdm_ray")
-    found = client.search_runs([experiment.experiment_id], "params.`run.name` = 'rare'")
-    tracked = only(found)
+    tracked = only(client.search_runs([experiment.experiment_id], "params.`run.name` = 'rare'"))
     assert tracked.info.status == "FINISHED"
     course = client.get_metric_history(tracked.info.run_id, "eval/kl_from_truth")
     assert [point.step for point in course] == [40, 80]
@@ -47,21 +58,24 @@ def test_a_bridge_is_trained_evaluated_sampled_and_imported(checkout, head):
     assert len(shown) == 4
 
     few = ["eval.paths=32", "eval.steps=50", "eval.grid.points=[401]", "eval.grid.steps=400"]
-    told = run(command_with("python jobs/evaluate.py runs/rare"), checkout, head, *few)
+    told = run(command_with("python jobs/evaluate.py runs/rare"), checkout, with_modules, *few)
     assert "effective sample size" in told
-    run(command_with("python jobs/sample.py runs/rare"), checkout, head, *few)
+    run(command_with("python jobs/sample.py runs/rare"), checkout, with_modules, *few)
     table = parquet.read_table(only(folder.rglob("paths.parquet")))
     assert len(table) == 32 * 51
     assert np.isfinite(table["log_weight"].to_numpy()).all()
 
-    refused = run("python jobs/sample.py runs/rare process.height=3", checkout, head, code=2)
-    assert "process.height was 5" in refused
+    refused = run(
+        "python jobs/sample.py runs/rare bridge.duration=3", checkout, with_modules, code=2
+    )
+    assert "bridge.duration was 1" in refused
 
 
 def test_the_lines_of_the_readme_import_the_learned_control(checkout, monkeypatch):
     lines = only(re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
     assert len([line for line in lines.splitlines() if line]) == 3
     monkeypatch.chdir(checkout)
+    monkeypatch.syspath_prepend(checkout)
     names = {"x": torch.zeros(3, 1), "t": torch.tensor(0.5)}
     exec(lines, names)
     checkpoint = open_newest(checkout / "runs" / "rare")
@@ -71,12 +85,11 @@ def test_the_lines_of_the_readme_import_the_learned_control(checkout, monkeypatc
         assert torch.equal(tensor, weights[name])
 
 
-def test_a_drift_of_ones_own_is_planned_and_a_mistake_is_one_line(checkout, head):
+def test_a_drift_of_ones_own_is_planned_and_a_mistake_is_one_line(checkout, head, with_modules):
     recipe = re.search(r"```yaml\n(process:.*?)```", README, re.DOTALL)[1]
     (checkout / "mine.yaml").write_text(recipe)
     (checkout / "my_model.py").write_text("def drift(x):\n    return -(x**3)\n")
-    found = head | {"PYTHONPATH": str(checkout)}
-    assert "lanes" in run("python jobs/train_bridge.py mine.yaml --dry-run", checkout, found)
+    assert "lanes" in run("python jobs/train_bridge.py mine.yaml --dry-run", checkout, with_modules)
     answer = run("python jobs/train_bridge.py mine.yaml", checkout, head, code=2)
     assert re.search(r"^error: drift=my_model:drift: cannot import my_model", answer, re.M)
     assert "process.kind = " in run(command_with("python jobs/train_bridge.py --h"), checkout, head)
