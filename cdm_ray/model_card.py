@@ -74,6 +74,9 @@ def _training(config: ImageConfig, checkpoint: Checkpoint) -> str:
         "dropout, augmentation": f"{config.network.dropout:g}, p = {config.augment.p:g}",
         "seed": str(config.run.seed),
     }
+    for change in config.schedule:
+        if config.first_step(change.after) < state.step:
+            rows[f"after {change.after:,} images"] = f"`{json.dumps(change.set)}`"
     if config.network.init is not None:
         rows["started from"] = f"`{Path(config.network.init).name}`"
     if cp.weight:

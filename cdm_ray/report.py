@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
@@ -53,7 +54,12 @@ class RunSummary(Summary):
 def print_plan(config: ImageConfig) -> None:
     """The resolved configuration, the resources and the cost of a run."""
     train = config.train
-    units = forward_units(config.cp)
+    ends = [*config.segments, config.steps]
+    costs = [forward_units(part.cp) for part in config.segments.values()]
+    units = (
+        sum(cost * (end - start) for cost, (start, end) in zip(costs, pairwise(ends), strict=True))
+        / config.steps
+    )
     print(to_yaml(config), end="")
     print(f"\nrun        {config.run_folder}")
     print(resources_line(config.ray))

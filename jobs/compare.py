@@ -20,8 +20,7 @@ Running the same command again continues where it stopped.
 def main(config: ImageConfig, dry_run: bool) -> None:
     if config.run.name is not None or config.cp.weight == 0:
         raise ConfigError("compare needs cp.weight above 0 and no run.name: it names both runs")
-    alone = config.cp.model_copy(update={"weight": 0.0})
-    both = [config.model_copy(update={"cp": alone}), config]
+    both = [config.without_cp(), config]
     if dry_run:
         for one in both:
             print_plan(one)

@@ -171,6 +171,14 @@ def test_the_card_of_a_run_without_cp_has_no_settings_of_it(made):
     assert "| fingerprint | not at hand at the export |" in card
 
 
+def test_the_card_says_what_changed_on_the_way_until_then(made):
+    changes = "{after: 300, set: {cp.weight: 3}}, {after: 10k, set: {cp.weight: 9}}"
+    config, _, checkpoint = made(f"schedule=[{changes}]")
+    card = (export(config, checkpoint) / "README.md").read_text()
+    assert '| after 300 images | `{"cp.weight": 3.0}` |' in card
+    assert "9.0" not in card
+
+
 def test_the_card_has_the_numbers_of_this_checkpoint_alone(made, tmp_path):
     config, _, checkpoint = made()
     for step, value in ((7, 1.25), (8, 99.5)):

@@ -32,6 +32,7 @@ from cdm_ray.config.loading import (
     recipe_names,
     to_yaml,
 )
+from cdm_ray.config.schedule import Change
 from cdm_ray.config.sweeps import SweepConfig, load_sweep, sweep_names
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Axis",
     "BridgeConfig",
     "CPConfig",
+    "Change",
     "CheckpointConfig",
     "DSMConfig",
     "DataConfig",

@@ -251,6 +251,8 @@ class BridgeConfig(JobConfig):
         "train.zero_stage",
         "train.log_every",
     )
+    LENGTH: ClassVar[str] = "train.iterations"
+    CHANGEABLE: ClassVar[tuple[str, ...]] = ("optimizer.lr", "control.", "ema.")
 
     process: ProcessConfig = ProcessConfig()
     bridge: BridgeProblemConfig = BridgeProblemConfig()
@@ -286,7 +288,10 @@ class BridgeConfig(JobConfig):
 
     @property
     def steps(self) -> int:
-        return self.train.iterations * self.train.inner_steps
+        return self.first_step(self.train.iterations)
+
+    def first_step(self, count: int) -> int:
+        return count * self.train.inner_steps
 
     @property
     def checkpoint_steps(self) -> int:
@@ -295,7 +300,7 @@ class BridgeConfig(JobConfig):
     @property
     def length_field(self) -> str | None:
         fixed = self.optimizer.schedule == "constant" and self.anneal == AnnealConfig()
-        return "train.iterations" if fixed else None
+        return self.LENGTH if fixed else None
 
     @property
     def evaluation_steps(self) -> range:
@@ -335,6 +340,7 @@ class BridgeConfig(JobConfig):
                     "simulation.scheme=guided steps along the guide; with network.guide=none set "
                     "simulation.scheme=euler"
                 )
+        self._check_schedule()
         return self
 
     def _check_dimensions(self) -> None:

@@ -6,13 +6,17 @@ import hashlib
 import json
 import re
 from abc import abstractmethod
+from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator
 
 from cdm_ray.config.base import Positive, Section
-from cdm_ray.config.loading import flatten
+from cdm_ray.config.loading import build_config, flatten, set_field
+from cdm_ray.config.schedule import Change
+from cdm_ray.errors import ConfigError
 
 
 class RunConfig(Section):
@@ -92,6 +96,10 @@ class JobConfig(Section):
     NOT_LEARNED: ClassVar[tuple[str, ...]]
     """Sections and fields that change how a run is carried out or judged, not what it learns: they
     are no part of its identity, and may differ when a run is continued."""
+    LENGTH: ClassVar[str]
+    """The field that says how long it trains."""
+    CHANGEABLE: ClassVar[tuple[str, ...]]
+    """Sections and fields that `schedule` may change."""
 
     recipe: str = "custom"
     """Name of the recipe that the run started from."""
@@ -101,6 +109,11 @@ class JobConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     ray: RayConfig = RayConfig()
     tracking: TrackingConfig = TrackingConfig()
+    schedule: tuple[Change, ...] = ()
+    """Fields that change on the way, e.g. [{after: 20M, set: {cp.weight: 3, optimizer.lr: 5e-4}}]:
+    from the first step that begins after so many images (of bridges: iterations) until another
+    entry changes them again. optimizer.lr and the fields of ema and of dsm and cp (of bridges:
+    control) can; CP cannot be turned on or off."""
 
     @property
     @abstractmethod
@@ -118,11 +131,47 @@ class JobConfig(Section):
         """Steps after which the averaged weights are evaluated while training goes on; the last
         step has its evaluation anyway."""
 
+    @abstractmethod
+    def first_step(self, count: int) -> int:
+        """The first optimizer step that begins after so much of the run, counted as `LENGTH` is."""
+
     @property
     @abstractmethod
     def length_field(self) -> str | None:
-        """The field that says how long it trains, if a run may be continued to another length:
-        not where its course depends on the length."""
+        """`LENGTH`, if a run may be continued to another length: not where its course depends on
+        the length."""
+
+    @cached_property
+    def segments(self) -> dict[int, Self]:
+        """The parts of the run between the changes of `schedule`: the first optimizer step of each,
+        in order, and the configuration in effect, whose own schedule is empty.
+
+        Raises ConfigError, which names the entry, for one that is not valid.
+        """
+        values = self.model_dump() | {"schedule": ()}
+        parts = {0: build_config(type(self), values)}
+        for index, change in enumerate(self.schedule):
+            try:
+                for key, value in change.set.items():
+                    set_field(values, key, value)
+                parts[self.first_step(change.after)] = build_config(type(self), values)
+            except ConfigError as error:
+                raise ConfigError(f"schedule.{index}: {error}") from None
+        return parts
+
+    def segment_at(self, step: int) -> int:
+        """Which of `segments` an optimizer step is in."""
+        return max(first for first in self.segments if first <= step)
+
+    def at(self, step: int) -> Self:
+        """The configuration in effect at an optimizer step, whose own schedule is empty."""
+        return self.segments[self.segment_at(step)]
+
+    def __copy__(self) -> Self:
+        """Without what was derived from the fields: the copy may be given others."""
+        copied = super().__copy__()
+        copied.__dict__.pop("segments", None)
+        return copied
 
     @property
     def run_name(self) -> str:
@@ -153,6 +202,38 @@ class JobConfig(Section):
         values = self.model_dump()
         values["run"] |= {"name": self.run_name, "storage": absolute(self.run.storage)}
         return type(self).model_validate(values)
+
+    def _check_schedule(self) -> None:
+        """After everything else is known to be valid; makes equal values of `schedule` the same."""
+        if not self.schedule:
+            return
+        before = 0
+        for index, change in enumerate(self.schedule):
+            where = f"schedule.{index}: after={change.after}"
+            first = self.first_step(change.after)
+            if first <= before:
+                raise ConfigError(
+                    f"{where} is not at least a step later than the entry before; put the entries "
+                    "in increasing order"
+                )
+            if first >= self.steps:
+                raise ConfigError(
+                    f"{where} is not before the last step of {self.LENGTH}="
+                    f"{attrgetter(self.LENGTH)(self)}; leave the entry out, or train longer"
+                )
+            for key in change.set:
+                if not key.startswith(self.CHANGEABLE):
+                    raise ConfigError(
+                        f"schedule.{index}: {key} cannot change on the way; use "
+                        f"{', '.join(f'{k}*' if k.endswith('.') else k for k in self.CHANGEABLE)}"
+                    )
+            before = first
+        checked = [flatten(part) for part in list(self.segments.values())[1:]]
+        schedule = tuple(
+            Change(after=change.after, set={key: fields[key] for key in change.set})
+            for change, fields in zip(self.schedule, checked, strict=True)
+        )
+        object.__setattr__(self, "schedule", schedule)
 
 
 def absolute(path: str) -> str:

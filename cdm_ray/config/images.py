@@ -27,6 +27,7 @@ from cdm_ray.config.common import (
     TrainConfig,
     absolute,
 )
+from cdm_ray.errors import ConfigError
 
 AUGMENT_DIM = 9
 """Labels that EDM's augmentation pipe gives an image."""
@@ -269,6 +270,8 @@ class ImageConfig(JobConfig):
         "train.log_every",
         "network.activation_checkpointing",
     )
+    LENGTH: ClassVar[str] = "train.images"
+    CHANGEABLE: ClassVar[tuple[str, ...]] = ("optimizer.lr", "cp.", "dsm.", "ema.")
 
     data: DataConfig = DataConfig()
     network: NetworkConfig = NetworkConfig()
@@ -289,7 +292,10 @@ class ImageConfig(JobConfig):
 
     @property
     def steps(self) -> int:
-        return math.ceil(self.train.images / self.train.batch)
+        return self.first_step(self.train.images)
+
+    def first_step(self, count: int) -> int:
+        return math.ceil(count / self.train.batch)
 
     @property
     def checkpoint_steps(self) -> int:
@@ -297,7 +303,7 @@ class ImageConfig(JobConfig):
 
     @property
     def length_field(self) -> str | None:
-        return "train.images"
+        return self.LENGTH
 
     @property
     def evaluation_steps(self) -> range:
@@ -310,6 +316,17 @@ class ImageConfig(JobConfig):
     def augment_dim(self) -> int:
         """Width of the augmentation labels that the network takes."""
         return AUGMENT_DIM if self.augment.p > 0 else 0
+
+    def without_cp(self) -> Self:
+        """The same with denoising score matching alone."""
+        values = self.model_dump()
+        values["cp"]["weight"] = 0.0
+        changes = [
+            (change.after, {k: v for k, v in change.set.items() if not k.startswith("cp.")})
+            for change in self.schedule
+        ]
+        values["schedule"] = [{"after": after, "set": kept} for after, kept in changes if kept]
+        return type(self).model_validate(values)
 
     def resolved(self) -> Self:
         values = super().resolved().model_dump()
@@ -377,6 +394,7 @@ class ImageConfig(JobConfig):
                 f"{self.data.resolution} with {self.data.channels} channels; "
                 "use eval.extractor=inception"
             )
+        self._check_schedule()
         return self
 
     def _check_cp(self) -> None:
@@ -389,3 +407,13 @@ class ImageConfig(JobConfig):
                 f"cp.fraction={cp.fraction} of the {self.lane_batch} images that a lane has in "
                 f"a batch is not whole; use a multiple of 1/{self.lane_batch}"
             )
+
+    def _check_schedule(self) -> None:
+        super()._check_schedule()
+        for index, change in enumerate(self.schedule):
+            weight = change.set.get("cp.weight", self.cp.weight)
+            if (weight == 0) != (self.cp.weight == 0):
+                raise ConfigError(
+                    f"schedule.{index}: cp.weight={weight:g} and at first {self.cp.weight:g}: CP "
+                    "cannot be turned on or off on the way; use a small weight instead of 0"
+                )

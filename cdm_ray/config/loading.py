@@ -80,6 +80,18 @@ def flatten(config: Section) -> dict[str, Any]:
     return flat
 
 
+def set_field(values: dict[str, Any], key: str, value: Any) -> None:
+    """Put the value of `section.field` into nested values. Raises ConfigError if there is no
+    section in its place."""
+    *sections, field = key.split(".")
+    node = values
+    for depth, section in enumerate(sections):
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{key}: {'.'.join(sections[: depth + 1])} has no fields")
+    node[field] = value
+
+
 def describe(root: type[Section], prefix: str = "") -> Iterable[tuple[str, str, str]]:
     """(key, default, help) of every field, for --help."""
     for name, field in root.model_fields.items():
@@ -188,13 +200,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"{key}: '{text}' is not a YAML value") from None
-    *sections, field = key.split(".")
-    node = values
-    for depth, section in enumerate(sections):
-        node = node.setdefault(section, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"{key}: {'.'.join(sections[: depth + 1])} has no fields")
-    node[field] = value
+    set_field(values, key, value)
 
 
 def _explain(root: type[Section], error: dict[str, Any]) -> str:

@@ -111,7 +111,11 @@ class BridgeRun:
         self.bridge: Bridge = replace(bridge, process=self.process)
         self.average = control_of(config, self.bridge).to(device).requires_grad_(False)
         """Simulates and makes the targets."""
-        self.consistency: ControlConsistency = consistency_of(config, self.bridge)
+        self._consistencies = {
+            first: consistency_of(part, self.bridge) for first, part in config.segments.items()
+        }
+        self.consistency: ControlConsistency = self._consistencies[0]
+        """Of the iteration under way."""
         self.replay = Replay(config, lanes)
         self.times = bridge.times(config.simulation.steps).to(device)
         self.start = bridge.start.to(device, torch.float32)
@@ -131,7 +135,7 @@ class BridgeRun:
         while True:
             rng = BlockRng.for_lanes(seed, step, self.lanes, self.device)
             if step % inner_steps == 0:
-                self._set_anneal(engine, step // inner_steps)
+                self._begin_iteration(engine, step)
                 copy_average(engine, self.average)
                 paths = self.draw_paths(rng, step // inner_steps)
                 targets = self.consistency.targets(self.average, paths)
@@ -140,14 +144,16 @@ class BridgeRun:
             yield [Pass(PairBatch(paths, targets, self._pairs(rng)), rng, True)]
             step += 1
 
-    def _set_anneal(self, engine: Engine, iteration: int) -> None:
-        anneal = annealing_at(self.config.anneal, iteration / self.config.train.iterations)
+    def _begin_iteration(self, engine: Engine, step: int) -> None:
+        """Anneals and consistency as they are from this step on."""
+        anneal = annealing_at(self.config.anneal, step / self.config.steps)
         self.process.drift_share = anneal.drift_share
         self.process.sigma_factor = anneal.sigma_factor
         for control in (self.average, engine.network):
             assert isinstance(control, BridgeControl)
             control.tolerance = anneal.tolerance
-        self.consistency = replace(self.consistency, tolerance=anneal.tolerance)
+        consistency = self._consistencies[self.config.segment_at(step)]
+        self.consistency = replace(consistency, tolerance=anneal.tolerance)
 
     def draw_paths(self, rng: BlockRng, iteration: int) -> Paths:
         """Own paths of this iteration; with a replay buffer, a draw from it and them."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,7 @@ from cdm_ray.initial_weights import initialise
 from cdm_ray.networks import build_network
 from cdm_ray.networks.precond import EDMPrecond
 from cdm_ray.objectives.augmentation import augment
-from cdm_ray.objectives.base import ImageBatch
+from cdm_ray.objectives.base import ImageBatch, Term
 from cdm_ray.objectives.image import ImageObjective
 from cdm_ray.randomness import BlockRng
 from cdm_ray.training.engine import Engine
@@ -68,16 +69,11 @@ def _train(config: ImageConfig, assignment: Assignment) -> float | None:
     if checkpoint is not None:
         restore(engine, checkpoint, lambda: _prime(engine, config, manifest))
     rollout_network = None
-    if config.cp.weight > 0 and config.cp.rollout_weights == "ema":
+    if any(map(rolls_out_average, config.segments.values())):
         rollout_network = random_network(config, manifest)
-        rollout_network.load_state_dict(network.state_dict())  # buffers have no average
+        # Buffers have no average; parameters get theirs before each step, and are not whole here.
+        rollout_network.load_state_dict(dict(network.named_buffers()), strict=False)
         rollout_network.to(device).requires_grad_(False)
-    objective = ImageObjective(
-        config.dsm,
-        config.cp,
-        config.network.sigma_data,
-        rollout_model=rollout_network,
-    )
     lanes = [lane for micro in schedule if micro.counts for lane in micro.lanes]
     hooks = WorkerHooks(config, engine, assignment, state, Speed("images", 1.0))
     with (
@@ -93,7 +89,7 @@ def _train(config: ImageConfig, assignment: Assignment) -> float | None:
     ):
         run_loop(
             engine,
-            objective,
+            ImageObjectives(config, rollout_network),
             step_passes(config, stream, schedule, lanes, manifest, device, state.step),
             state,
             last_step=config.steps,
@@ -101,11 +97,53 @@ def _train(config: ImageConfig, assignment: Assignment) -> float | None:
             train=config.train,
             rates=lambda state: image_rates(config, state.samples_seen),
             hooks=hooks,
-            before_step=(lambda: copy_average(engine, rollout_network))
-            if rollout_network is not None
-            else None,
+            before_step=update_of_rollouts(config, engine, rollout_network, state.step),
         )
     return hooks.speed
+
+
+def rolls_out_average(config: ImageConfig) -> bool:
+    """Whether the averaged weights drive the rollouts of CP."""
+    return config.cp.weight > 0 and config.cp.rollout_weights == "ema"
+
+
+class ImageObjectives:
+    """The objective of each step, as `config.schedule` has it; `average` is the network with the
+    averaged weights, if any step needs it."""
+
+    def __init__(self, config: ImageConfig, average: EDMPrecond | None) -> None:
+        self._config = config
+        self._objectives = {
+            first: ImageObjective(
+                part.dsm,
+                part.cp,
+                part.network.sigma_data,
+                rollout_model=average if rolls_out_average(part) else None,
+            )
+            for first, part in config.segments.items()
+        }
+
+    def __call__(
+        self, model: Any, batch: ImageBatch, rng: BlockRng, samples_seen: int
+    ) -> dict[str, Term]:
+        segment = self._config.segment_at(samples_seen // self._config.train.batch)
+        return self._objectives[segment](model, batch, rng, samples_seen)
+
+
+def update_of_rollouts(
+    config: ImageConfig, engine: Engine, average: EDMPrecond | None, step: int
+) -> Callable[[], None] | None:
+    """What has to be called before each step from `step` on: copies the averaged weights into the
+    network that drives rollouts, if that step needs it."""
+    if average is None:
+        return None
+    steps = itertools.count(step)
+
+    def update() -> None:
+        if rolls_out_average(config.at(next(steps))):
+            copy_average(engine, average)
+
+    return update
 
 
 def random_network(config: ImageConfig, manifest: Manifest) -> EDMPrecond:
