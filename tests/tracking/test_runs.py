@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from cdm_ray.config import ImageConfig, TrackingConfig, flatten, load_config
-from cdm_ray.errors import ConfigError
+from cdm_ray.errors import ConfigError, redact
 from cdm_ray.tracking import Tracker, finish_run, open_run, ui_command
-from cdm_ray.tracking.server import redact, resolve_uri
+from cdm_ray.tracking.server import resolve_uri
 
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens
 
