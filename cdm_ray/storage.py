@@ -94,9 +94,9 @@ def path_of(text: str) -> AnyPath:
     return path
 
 
-def check_writable(folder: AnyPath) -> None:
-    """Write and remove a small file in the folder, which is created if it can be; raises
-    ConfigError when that fails."""
+def check_writable(folder: AnyPath, field: str) -> None:
+    """Write and remove a small file in the folder that a field names, which is created if it can
+    be; raises ConfigError when that fails."""
     probe = folder / f".writable-{uuid.uuid4().hex}"
     try:
         write_whole(probe, b"")
@@ -105,8 +105,8 @@ def check_writable(folder: AnyPath) -> None:
             raise PermissionError("files can be written but not removed")
     except Exception as error:  # each protocol has its own classes of network errors
         raise ConfigError(
-            f"{redact(str(folder))}: cannot be written to ({error_line(error)}); check that it "
-            "exists and that this machine has the right to write and delete there"
+            f"{field}={redact(str(folder))}: cannot be written to ({error_line(error)}); check "
+            "that it exists and that this machine has the right to write and delete there"
         ) from None
 
 

@@ -48,7 +48,7 @@ def claim_folder(config: JobConfig) -> None:
     """Write the configuration into the run folder; refuse a folder that holds another run, and
     storage that cannot be written to."""
     folder = config.run_folder
-    check_writable(config.storage)
+    check_writable(config.storage, "run.storage")
     path = folder / CONFIG_FILE
     if path.is_file():
         found = config.changed_from(read_config(type(config), path))

@@ -67,6 +67,7 @@ def _quick_figures(monkeypatch):
     """Drawing takes longer than everything else here together."""
 
     def drift_figures(drift, folder):
+        folder.mkdir(exist_ok=True)
         path = folder / "cp_residual.png"
         path.write_text(json.dumps(drift.curves()))
         return {"cp_residual": path}
