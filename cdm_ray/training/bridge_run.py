@@ -24,7 +24,7 @@ from cdm_ray.evaluation.bridge_evaluation import (
 from cdm_ray.evaluation.launch import EVALUATIONS, evaluation_folder
 from cdm_ray.evaluation.tasks import MapTasks
 from cdm_ray.report import RESULTS_FILE
-from cdm_ray.storage import AnyPath
+from cdm_ray.storage import AnyPath, check_writable
 from cdm_ray.tracking import RunHandle, ui_command
 from cdm_ray.training.bridge_worker import train_worker
 from cdm_ray.training.evaluations import (
@@ -47,6 +47,7 @@ def run_bridge(config: BridgeConfig) -> AnyPath:
     """
     config = config.resolved()
     use_gpu = cluster.uses_gpu(config.ray)
+    check_writable(config.storage, "run.storage")
     bridge = bridge_of(config)
     if config.eval.grid is not None:
         print("truth: solving the backward equation, once for this bridge", flush=True)

@@ -18,7 +18,7 @@ from cdm_ray.evaluation.launch import evaluation_folder
 from cdm_ray.evaluation.tasks import MapTasks
 from cdm_ray.initial_weights import initialise
 from cdm_ray.report import RESULTS_FILE, RunSummary
-from cdm_ray.storage import AnyPath
+from cdm_ray.storage import AnyPath, check_writable
 from cdm_ray.tracking import RunHandle, ui_command
 from cdm_ray.training.evaluations import (
     EvaluationsDuringTraining,
@@ -41,6 +41,7 @@ def run_images(config: ImageConfig) -> AnyPath:
     """
     config = config.resolved()
     use_gpu = cluster.uses_gpu(config.ray)
+    check_writable(config.storage, "run.storage")
     manifest = ensure_prepared(config.data, cluster.map_tasks)
     check_matches(manifest, config)
     if (

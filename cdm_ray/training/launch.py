@@ -13,7 +13,7 @@ from cdm_ray.checkpoint import CHECKPOINTS, Checkpoint, newest_checkpoint
 from cdm_ray.cluster import ray_storage
 from cdm_ray.config import JobConfig, read_config, to_yaml
 from cdm_ray.errors import ConfigError, RunFailed
-from cdm_ray.storage import check_writable, write_whole
+from cdm_ray.storage import write_whole
 from cdm_ray.tracking import EndStatus, RunHandle, finish_run, open_run
 from cdm_ray.training.worker import Assignment, fatal_message
 
@@ -45,10 +45,8 @@ def tracked_run(config: JobConfig) -> Iterator[RunHandle]:
 
 
 def claim_folder(config: JobConfig) -> None:
-    """Write the configuration into the run folder; refuse a folder that holds another run, and
-    storage that cannot be written to."""
+    """Write the configuration into the run folder; refuse a folder that holds another run."""
     folder = config.run_folder
-    check_writable(config.storage, "run.storage")
     path = folder / CONFIG_FILE
     if path.is_file():
         found = config.changed_from(read_config(type(config), path))
