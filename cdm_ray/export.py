@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cdm_ray.checkpoint import CONFIG_FILE, EMA, Checkpoint
 from cdm_ray.config import ImageConfig
+from cdm_ray.errors import redact
 from cdm_ray.model_card import model_card
 from cdm_ray.networks.exported import rebuild
 from cdm_ray.networks.published import EXPORT_KEY
@@ -43,7 +44,8 @@ def export(config: ImageConfig, checkpoint: Checkpoint) -> AnyPath:
     staged = staging(folder)
     remove_folder(staged)
     write_whole(staged / CARD_FILE, card.encode())
-    write_whole(staged / CONFIG_FILE, (checkpoint.folder / CONFIG_FILE).read_bytes())
+    trained = (checkpoint.folder / CONFIG_FILE).read_text()
+    write_whole(staged / CONFIG_FILE, redact(trained).encode())
     with whole_file(staged / WEIGHTS_FILE) as file:  # last: with it, the folder is whole
         save_file(tensors, file, metadata)
     publish(folder)

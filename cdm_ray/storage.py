@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -20,7 +21,7 @@ import fsspec
 from upath import UPath
 from upath.implementations.cloud import CloudPath
 
-from cdm_ray.errors import ConfigError, error_line, one_line, redact
+from cdm_ray.errors import ConfigError, error_line, redact
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def fetch(path: str) -> bytes:
         except _FINAL:
             raise
         except Exception as error:  # each protocol has its own classes of network errors
-            log.warning("%s: %s; trying again in %g s", path, one_line(error), pause)
+            log.warning("%s: %s; trying again in %g s", redact(path), error_line(error), pause)
             time.sleep(pause)
     return bytes(system.cat_file(inner))
 
@@ -71,7 +72,7 @@ def path_of(text: str) -> AnyPath:
     """The path that a text names, local or of any fsspec URL.
 
     Raises ConfigError when fsspec does not know the protocol, misses the package for it, or cannot
-    connect.
+    connect, and for the credentials of an object store in its URL.
     """
     if not is_url(text):
         return Path(text.removeprefix("file://"))
@@ -91,6 +92,11 @@ def path_of(text: str) -> AnyPath:
             f"{redact(text)}: cannot be opened ({error_line(error)}); use a local path, or a URL "
             "such as s3://BUCKET/FOLDER whose protocol fsspec knows"
         ) from None
+    if isinstance(path, CloudPath) and re.search("://[^/@]*:[^/]*@", text):
+        raise ConfigError(
+            f"{redact(text)}: object stores take no credentials in their URL; leave them out, and "
+            "give them as its package reads them, such as AWS_ACCESS_KEY_ID and its secret"
+        )
     return path
 
 

@@ -154,6 +154,7 @@ def test_storage_that_cannot_be_written_to_is_refused(tmp_path):
         ("nosuch://x", "nosuch://x: cannot be opened (Unsupported filesystem: 'nosuch'); use a"),
         ("gs://bucket/runs", "gs://bucket/runs: the package for this protocol is missing"),
         ("sftp://me:hunter2@host/runs", "sftp://***@host/runs: the package for this protocol is"),
+        ("s3://me:hunter2@bucket/runs", "s3://***@bucket/runs: object stores take no credentials"),
     ],
 )
 def test_a_url_that_nothing_here_can_open_is_refused(url, message, monkeypatch):
