@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from cdm_ray.bridges import bridge_of
 from cdm_ray.config import BridgeConfig, to_yaml
+from cdm_ray.errors import redact
 from cdm_ray.report import Summary, resources_line
+from cdm_ray.storage import AnyPath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,8 @@ def print_plan(config: BridgeConfig) -> None:
     """The resolved configuration, the resources and the cost of a run."""
     bridge_of(config)  # refuses what cannot be trained
     simulation, train = config.simulation, config.train
-    print(to_yaml(config), end="")
-    print(f"\nrun        {config.run_folder}")
+    print(redact(to_yaml(config)), end="")
+    print(f"\nrun        {redact(str(config.run_folder))}")
     print(resources_line(config.ray))
     print(
         f"cost       {train.iterations:,} iterations of {simulation.paths} paths with "
@@ -36,7 +37,7 @@ def print_plan(config: BridgeConfig) -> None:
     )
 
 
-def print_results(folder: Path) -> None:
+def print_results(folder: AnyPath) -> None:
     """Table of the metrics, then the checkpoint and figures, and how to open the UI."""
     summary = BridgeSummary.load(folder)
     print_metrics(f"{summary.run} after {summary.iterations:,} iterations", summary.metrics)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cdm_ray.checkpoint import CONFIG_FILE, EMA, open_newest
-from cdm_ray.config import BridgeConfig, is_of, load_config
+from cdm_ray.config import BridgeConfig, is_of, read_config
 from cdm_ray.config.bridges import SigmaSchedule
 from cdm_ray.errors import ConfigError
 from cdm_ray.networks.control import BridgeControl, ControlNetwork
@@ -32,6 +32,7 @@ from cdm_ray.processes.references import (
     jacobian_transpose,
 )
 from cdm_ray.processes.user_drift import drift_from
+from cdm_ray.storage import path_of
 
 STABLE = 2.0
 """Euler steps dt on a linear drift of rate k diverge where k dt exceeds this."""
@@ -196,17 +197,18 @@ def trained_control(
 
 
 def load_control(folder: str | Path) -> BridgeControl:
-    """The learned control of a checkpoint, or of a run's newest one: averaged weights, float32.
+    """The learned control of a checkpoint, or of a run's newest one, in a folder or at a URL:
+    averaged weights, float32.
 
     Its `drift`, `score` and `control` take states [N, d] and times ([N] or 0-dim); for
     process.kind=cir the states are Y = 2 sqrt(X) / volatility, as in `control.process`. Raises
     ConfigError if there is no sound checkpoint of a bridge.
     """
-    checkpoint = open_newest(Path(folder))
-    file = str(checkpoint.folder / CONFIG_FILE)
+    checkpoint = open_newest(path_of(str(folder)))
+    file = checkpoint.folder / CONFIG_FILE
     if not is_of(BridgeConfig, file):
         raise ConfigError(f"{checkpoint.folder}: not a checkpoint of {BridgeConfig.JOB}")
-    config = load_config(BridgeConfig, file)
+    config = read_config(BridgeConfig, file)
     return trained_control(
         config, bridge_of(config), checkpoint.tensors(EMA), str(checkpoint.folder)
     )

@@ -8,7 +8,8 @@
       config.yaml              configuration of the run
       state.json               counters and the SHA-256 of every other file; written last
 
-A folder is written under a temporary name and renamed when complete. Reading runs no code.
+A local folder is written under a temporary name and renamed when complete; on an object store, a
+folder without a sound state.json is no checkpoint. Reading runs no code.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import json
 import logging
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from cdm_ray.errors import ConfigError
+from cdm_ray.storage import AnyPath, list_folder, local_file, remove_folder
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +58,11 @@ class TrainingState:
 class Checkpoint:
     """A verified checkpoint folder."""
 
-    folder: Path
+    folder: AnyPath
     state: TrainingState
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
+    def open(cls, folder: AnyPath) -> Checkpoint:
         """Verify every file against its digest; raises CheckpointError naming the first bad one."""
         content = _read_state(folder / STATE_FILE)
         for name, digest in content["sha256"].items():
@@ -78,17 +79,17 @@ class Checkpoint:
         return self.folder.absolute().name
 
     @property
-    def run_folder(self) -> Path:
+    def run_folder(self) -> AnyPath:
         """Folder of the run that it lies in, wherever that was moved to, or the folder around a
         checkpoint that was copied out of its run."""
         around = self.folder.absolute().parent
         return around.parent if around.name == CHECKPOINTS else around
 
-    def tensors(self, kind: str) -> dict[str, torch.Tensor]:
+    def tensors(self, kind: str) -> dict[str, Tensor]:
         """All tensors of one kind of `KINDS`, on the CPU."""
         path = self.folder / f"{kind}.safetensors"
         try:
-            return load_file(path)
+            return load_tensors(path)
         except SafetensorError as error:
             raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
 
@@ -98,12 +99,19 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def sha256_of(path: Path) -> str:
+def load_tensors(path: AnyPath) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU."""
+    with local_file(path) as file:
+        return load_file(file)
+
+
+def sha256_of(path: AnyPath) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        # UPath's types do not tell that its files have `readinto`
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-def newest_checkpoint(root: Path) -> Checkpoint | None:
+def newest_checkpoint(root: AnyPath) -> Checkpoint | None:
     """The newest sound checkpoint under `root`; unsound ones are passed over with a warning."""
     for folder in reversed(checkpoint_folders(root)):
         try:
@@ -113,7 +121,7 @@ def newest_checkpoint(root: Path) -> Checkpoint | None:
     return None
 
 
-def open_newest(folder: Path) -> Checkpoint:
+def open_newest(folder: AnyPath) -> Checkpoint:
     """The checkpoint in `folder`, or the newest sound one of the run whose folder it is.
 
     Raises CheckpointError if there is none.
@@ -129,13 +137,18 @@ def open_newest(folder: Path) -> Checkpoint:
     return found
 
 
-def checkpoint_folders(root: Path) -> list[Path]:
-    if not root.is_dir():
-        return []
-    return sorted(path for path in root.iterdir() if re.fullmatch(r"step-\d{8}", path.name))
+def checkpoint_folders(root: AnyPath) -> list[AnyPath]:
+    return sorted(path for path in list_folder(root) if re.fullmatch(r"step-\d{8}", path.name))
 
 
-def _read_state(path: Path) -> dict:
+def remove_checkpoint(folder: AnyPath) -> None:
+    """Remove a checkpoint, or what there is of it; whatever is left of it by a kill on the way is
+    no sound checkpoint."""
+    (folder / STATE_FILE).unlink(missing_ok=True)
+    remove_folder(folder)
+
+
+def _read_state(path: AnyPath) -> dict:
     try:
         content = json.loads(path.read_text())
         schema, digest = content["schema"], content.pop("digest")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from cdm_ray.checkpoint import CONFIG_FILE, Checkpoint, open_newest
@@ -16,9 +15,11 @@ from cdm_ray.config import (
     describe,
     is_of,
     load_config,
+    read_config,
     recipe_names,
 )
-from cdm_ray.errors import ConfigError, RunFailed
+from cdm_ray.errors import ConfigError, RunFailed, redact
+from cdm_ray.storage import path_of
 
 C = TypeVar("C", bound=Section)
 
@@ -72,11 +73,11 @@ def run_checkpoint_job(
     def call() -> None:
         if folder is None:
             raise ConfigError(f"no checkpoint given; the first word has to be {what}")
-        checkpoint = open_newest(Path(folder))
+        checkpoint = open_newest(path_of(folder))
         root = _kind_of_run(checkpoint, list(mains))
-        file = str(checkpoint.folder / CONFIG_FILE)
-        config = load_config(root, file, overrides)
-        _check_unchanged(checkpoint, load_config(root, file), config)
+        file = checkpoint.folder / CONFIG_FILE
+        config = read_config(root, file, overrides)
+        _check_unchanged(checkpoint, read_config(root, file), config)
         mains[root](config, checkpoint, options.dry_run)
 
     return _exit_code(call)
@@ -84,7 +85,7 @@ def run_checkpoint_job(
 
 def _kind_of_run(checkpoint: Checkpoint, roots: Sequence[type[JobConfig]]) -> type[JobConfig]:
     for root in roots:
-        if is_of(root, str(checkpoint.folder / CONFIG_FILE)):
+        if is_of(root, checkpoint.folder / CONFIG_FILE):
             return root
     raise ConfigError(
         f"{checkpoint.folder}: not a checkpoint that this job takes; it is for those of "
@@ -104,10 +105,10 @@ def _exit_code(call: Callable[[], None]) -> int:
     try:
         call()
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return 2
     except RunFailed as failure:
-        print(f"error: {failure}", file=sys.stderr)
+        print(f"error: {redact(str(failure))}", file=sys.stderr)
         return 1
     return 0
 

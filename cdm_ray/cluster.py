@@ -9,13 +9,16 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow.fs  # type: ignore[import-untyped]
 import ray
 from tqdm import tqdm
 
 from cdm_ray.config import RayConfig
 from cdm_ray.errors import ConfigError
+from cdm_ray.storage import AnyPath
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -73,6 +76,13 @@ def _quiet_local_defaults() -> None:
         "RAY_TMPDIR": tempfile.gettempdir(),
     }.items():
         os.environ.setdefault(name, value)
+
+
+def ray_storage(folder: AnyPath) -> tuple[str, pyarrow.fs.FileSystem | None]:
+    """`storage_path` and `storage_filesystem` of a RunConfig of Ray Train or Ray Tune."""
+    if isinstance(folder, Path):
+        return str(folder), None
+    return folder.path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(folder.fs))
 
 
 def gpus_in_cluster() -> float:

@@ -8,8 +8,6 @@ config.yaml         the configuration of the run
 from __future__ import annotations
 
 import json
-import shutil
-from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
@@ -17,20 +15,22 @@ from torch import Tensor
 
 from cdm_ray.checkpoint import CONFIG_FILE, EMA, Checkpoint
 from cdm_ray.config import ImageConfig
+from cdm_ray.errors import redact
 from cdm_ray.model_card import model_card
 from cdm_ray.networks.exported import rebuild
 from cdm_ray.networks.published import EXPORT_KEY
+from cdm_ray.storage import AnyPath, publish, remove_folder, staging, whole_file, write_whole
 
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 
 
-def export_folder(checkpoint: Checkpoint) -> Path:
+def export_folder(checkpoint: Checkpoint) -> AnyPath:
     """`RUN/export/step-N`, where the export of a checkpoint goes."""
     return checkpoint.run_folder / "export" / checkpoint.name
 
 
-def export(config: ImageConfig, checkpoint: Checkpoint) -> Path:
+def export(config: ImageConfig, checkpoint: Checkpoint) -> AnyPath:
     """Write the export of a checkpoint and return its folder; an older one is replaced.
 
     `config` is the checkpoint's, but for what the training did not depend on.
@@ -39,15 +39,16 @@ def export(config: ImageConfig, checkpoint: Checkpoint) -> Path:
     arguments = network_arguments(config, tensors)
     rebuild(arguments, tensors, str(checkpoint.folder))  # refuses what could not be loaded again
     folder = export_folder(checkpoint)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    card = model_card(config, checkpoint, arguments, tensors)
     metadata = {"format": "pt", EXPORT_KEY: json.dumps(arguments)}
-    save_file(tensors, temporary / WEIGHTS_FILE, metadata)
-    (temporary / CARD_FILE).write_text(model_card(config, checkpoint, arguments, tensors))
-    shutil.copyfile(checkpoint.folder / CONFIG_FILE, temporary / CONFIG_FILE)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    staged = staging(folder)
+    remove_folder(staged)
+    write_whole(staged / CARD_FILE, card.encode())
+    trained = (checkpoint.folder / CONFIG_FILE).read_text()
+    write_whole(staged / CONFIG_FILE, redact(trained).encode())
+    with whole_file(staged / WEIGHTS_FILE) as file:  # last: with it, the folder is whole
+        save_file(tensors, file, metadata)
+    publish(folder)
     return folder
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from cdm_ray.checkpoint import CONFIG_FILE, EMA, open_newest
-from cdm_ray.config import ImageConfig, is_of, load_config
+from cdm_ray.config import ImageConfig, is_of, read_config
 from cdm_ray.errors import ConfigError
 from cdm_ray.networks import EDMPrecond
 from cdm_ray.networks.exported import differences
 from cdm_ray.networks.published import Published, network_settings, read_weights
+from cdm_ray.storage import path_of
 
 SHOWN = 3
 """Tensors that an error names."""
@@ -60,20 +61,22 @@ def read_initial(init: str) -> Published:
 
     Raises ConfigError with one line that names network.init and the file.
     """
-    path = Path(init)
     try:
+        path = path_of(init)
         if not path.exists():
             raise ConfigError(
                 f"{init}: no such file or folder; give EDM's .pkl, a .safetensors, or the folder "
                 "of a checkpoint or a run"
             )
         if not path.is_dir():
-            return read_weights(path)
+            if isinstance(path, Path):
+                return read_weights(path)
+            raise ConfigError("a file at a URL; download it, or give the folder of a run")
         checkpoint = open_newest(path)
-        file = str(checkpoint.folder / CONFIG_FILE)
+        file = checkpoint.folder / CONFIG_FILE
         if not is_of(ImageConfig, file):
             raise ConfigError(f"not a checkpoint of {ImageConfig.JOB}")
-        config = load_config(ImageConfig, file)
+        config = read_config(ImageConfig, file)
     except ConfigError as error:
         raise ConfigError(f"network.init={init}: {str(error).removeprefix(f'{init}: ')}") from None
     settings = network_settings(

@@ -14,6 +14,7 @@ from cdm_ray.config import ImageConfig
 from cdm_ray.data.manifest import Manifest
 from cdm_ray.evaluation.launch import evaluation_folder
 from cdm_ray.evaluation.results import RESULTS_NAME
+from cdm_ray.storage import matching
 
 ARCHITECTURES = {"ddpmpp": "DDPM++", "ncsnpp": "NCSN++", "adm": "ADM"}
 
@@ -43,10 +44,8 @@ def model_card(
 
 def _evaluations(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """Content of every `results.json` of this checkpoint."""
-    paths = sorted(
-        evaluation_folder(checkpoint.run_folder, checkpoint.name).glob(f"*/{RESULTS_NAME}")
-    )
-    return [json.loads(path.read_text()) for path in paths]
+    folder = evaluation_folder(checkpoint.run_folder, checkpoint.name)
+    return [json.loads(path.read_text()) for path in matching(folder, f"*/{RESULTS_NAME}")]
 
 
 def _model(config: ImageConfig, arguments: dict[str, Any], tensors: dict[str, Tensor]) -> str:

@@ -7,15 +7,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Self
 
 from rich.console import Console
 from rich.table import Table
 
 from cdm_ray.config import ImageConfig, RayConfig, to_yaml
-from cdm_ray.errors import ConfigError
+from cdm_ray.errors import ConfigError, redact
 from cdm_ray.objectives.cp import forward_units
+from cdm_ray.storage import AnyPath, matching, write_whole
 
 RESULTS_FILE = "results.json"
 
@@ -33,11 +33,11 @@ class Summary:
     ui_command: str
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: AnyPath) -> Self:
         return cls(**json.loads((folder / RESULTS_FILE).read_text()))
 
-    def save(self, folder: Path) -> None:
-        (folder / RESULTS_FILE).write_text(json.dumps(vars(self), indent=1))
+    def save(self, folder: AnyPath) -> None:
+        write_whole(folder / RESULTS_FILE, json.dumps(vars(self), indent=1).encode())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +60,8 @@ def print_plan(config: ImageConfig) -> None:
         sum(cost * (end - start) for cost, (start, end) in zip(costs, pairwise(ends), strict=True))
         / config.steps
     )
-    print(to_yaml(config), end="")
-    print(f"\nrun        {config.run_folder}")
+    print(redact(to_yaml(config)), end="")
+    print(f"\nrun        {redact(str(config.run_folder))}")
     print(resources_line(config.ray))
     print(
         f"cost       {config.steps} steps of {train.batch} images "
@@ -77,19 +77,19 @@ def resources_line(ray: RayConfig) -> str:
     return f"resources  {workers}, {ray.cpus_per_worker:g} CPU and {gpu[ray.use_gpu]}"
 
 
-def finished_runs(storage: Path, recipe: str) -> list[Path]:
+def finished_runs(storage: AnyPath, recipe: str) -> list[AnyPath]:
     """Folders of the finished runs of a recipe; raises ConfigError if there is none."""
-    found = sorted(storage.glob(f"*/{RESULTS_FILE}"))
+    found = matching(storage, f"*/{RESULTS_FILE}")
     folders = [p.parent for p in found if json.loads(p.read_text())["recipe"] == recipe]
     if not folders:
         raise ConfigError(
-            f"run.storage={storage}: no finished run of recipe {recipe}; "
+            f"run.storage={redact(str(storage))}: no finished run of recipe {recipe}; "
             f"make one with `python jobs/train_cp.py {recipe}`"
         )
     return folders
 
 
-def print_results(folders: Sequence[Path]) -> None:
+def print_results(folders: Sequence[AnyPath]) -> None:
     """Table of the runs, then their checkpoints and grids, and how to open the UI."""
     summaries = sorted((RunSummary.load(f) for f in folders), key=lambda s: (s.cp_weight, s.seed))
     console = Console(width=None if Console().is_terminal else 120)

@@ -1,7 +1,6 @@
 """Print the table of the finished runs of a recipe."""
 
 import sys
-from pathlib import Path
 
 from cdm_ray.cli import run_job
 from cdm_ray.config import ImageConfig
@@ -14,7 +13,7 @@ python jobs/report.py ffhq-64 run.storage=/mnt/shared/runs
 
 
 def main(config: ImageConfig, dry_run: bool) -> None:
-    folders = finished_runs(Path(config.run.storage), config.recipe)
+    folders = finished_runs(config.storage, config.recipe)
     if dry_run:
         print("\n".join(str(folder) for folder in folders))
     else:

@@ -2,7 +2,7 @@
 
 import json
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from cdm_ray.checkpoint import (
     CHECKPOINTS,
@@ -20,10 +20,10 @@ from cdm_ray.config import to_yaml
 def make_checkpoint(run_folder, config, tensors, *, step=7, samples_seen=896):
     """A sound checkpoint whose averaged weights are `tensors`, and all others 0."""
     folder = run_folder / CHECKPOINTS / f"step-{step:08d}"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for kind in KINDS:
         content = tensors if kind == "ema" else {n: 0 * t for n, t in tensors.items()}
-        save_file(content, folder / f"{kind}.safetensors")
+        (folder / f"{kind}.safetensors").write_bytes(save(content))
     (folder / CONFIG_FILE).write_text(to_yaml(config))
     content = {
         "schema": SCHEMA_VERSION,

@@ -3,6 +3,7 @@ import pytest
 from cdm_ray.cli import run_checkpoint_job, run_job
 from cdm_ray.config import BridgeConfig, ImageConfig, load_config
 from cdm_ray.errors import ConfigError, RunFailed
+from cdm_ray.storage import path_of
 from tests.checkpoints import make_checkpoint
 
 
@@ -74,6 +75,17 @@ def test_a_checkpoint_brings_its_configuration_and_a_run_its_newest_checkpoint(t
         assert checkpoint.state.step == step
         assert checkpoint.run_folder == tmp_path
         assert (config.recipe, config.dsm.p_mean, config.eval.images) == ("digits", -1.0, 7)
+
+
+def test_a_checkpoint_may_lie_at_a_url(memory, capsys):
+    make_checkpoint(path_of(f"{memory}/mine"), load_config(ImageConfig, "digits"), {})
+    code, ((config, checkpoint),) = call_with_checkpoint([f"{memory}/mine", "eval.images=7"])
+    assert (code, config.eval.images) == (0, 7)
+    assert str(checkpoint.run_folder) == f"{memory}/mine"
+    assert call_with_checkpoint(["ftp://me:hunter2@127.0.0.1:1/x"]) == (2, [])
+    error = capsys.readouterr().err
+    assert error.startswith("error: ftp://***@127.0.0.1:1/x: cannot be opened")
+    assert "hunter2" not in error
 
 
 def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, capsys):

@@ -18,6 +18,7 @@ from cdm_ray.export import export
 from cdm_ray.initial_weights import initialise
 from cdm_ray.networks import build_network
 from cdm_ray.networks.exported import load_exported
+from cdm_ray.storage import local_file, path_of, write_whole
 from tests.checkpoints import make_checkpoint
 
 JOB = Path(__file__).parents[1] / "jobs" / "export.py"
@@ -125,6 +126,22 @@ def test_an_export_lies_beside_the_checkpoints_and_replaces_an_older_one(made, t
     assert names == {"model.safetensors", "README.md", "config.yaml"}
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert load_config(ImageConfig, str(folder / "config.yaml")) == config
+
+
+def test_a_run_at_a_url_is_exported_there_and_without_credentials(made, memory):
+    config, network, near = made("tracking.uri=postgresql://me:hunter2@db/x")
+    far = make_checkpoint(path_of(f"{memory}/mine"), config, network.state_dict())
+    folder = path_of(f"{memory}/mine/export/step-00000007")
+    write_whole(folder / "leftover", b"")
+    assert export(config, far) == folder
+    expected = export(config, near)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in expected.iterdir()}
+    for name in ("README.md", "config.yaml"):
+        assert (folder / name).read_text() == (expected / name).read_text()
+    assert "postgresql://***@db/x" in (folder / "config.yaml").read_text()
+    with local_file(folder / "model.safetensors") as file:
+        found = load_exported(file).state_dict()
+    assert all(torch.equal(found[name], t) for name, t in network.state_dict().items())
 
 
 def test_paths_of_this_machine_are_not_in_the_weights(made):

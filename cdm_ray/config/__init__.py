@@ -29,6 +29,7 @@ from cdm_ray.config.loading import (
     flatten,
     is_of,
     load_config,
+    read_config,
     recipe_names,
     to_yaml,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "is_of",
     "load_config",
     "load_sweep",
+    "read_config",
     "recipe_names",
     "sweep_names",
     "to_yaml",

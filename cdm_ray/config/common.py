@@ -8,7 +8,6 @@ import re
 from abc import abstractmethod
 from functools import cached_property
 from operator import attrgetter
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator
@@ -17,6 +16,7 @@ from cdm_ray.config.base import Positive, Section
 from cdm_ray.config.loading import build_config, flatten, set_field
 from cdm_ray.config.schedule import Change
 from cdm_ray.errors import ConfigError
+from cdm_ray.storage import AnyPath, absolute, path_of
 
 
 class RunConfig(Section):
@@ -24,7 +24,8 @@ class RunConfig(Section):
     """Name of the run and of its folder; by default the recipe and a digest of the configuration,
     so that the same command continues the same run."""
     storage: str = "runs"
-    """Folder that holds the run folders and the default MLflow database; shared by all nodes."""
+    """Folder that holds the run folders and the default MLflow database; shared by all nodes. Or a
+    URL that fsspec knows, such as s3://BUCKET/runs, with the database elsewhere."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of everything random: weights, data order, noise."""
 
@@ -81,7 +82,8 @@ class RayConfig(Section):
 
 class TrackingConfig(Section):
     uri: str | None = None
-    """MLflow tracking server; None: MLFLOW_TRACKING_URI, else sqlite in `run.storage`."""
+    """MLflow tracking server; None: MLFLOW_TRACKING_URI, else sqlite in `run.storage`, if that is
+    no URL."""
     experiment: str = "cdm_ray"
     """MLflow experiment."""
 
@@ -183,9 +185,17 @@ class JobConfig(Section):
         return f"{self.recipe}-{digest[:8]}"
 
     @property
-    def run_folder(self) -> Path:
-        """Folder of this run, absolute."""
-        return Path(self.run.storage).absolute() / self.run_name
+    def storage(self) -> AnyPath:
+        """Folder of the run folders, absolute; raises ConfigError for a URL that cannot be used."""
+        try:
+            return path_of(self.run.storage).absolute()
+        except ConfigError as error:
+            raise ConfigError(f"run.storage={error}") from None
+
+    @property
+    def run_folder(self) -> AnyPath:
+        """Folder of this run, absolute; raises ConfigError as `storage` does."""
+        return self.storage / self.run_name
 
     def learned(self) -> dict[str, Any]:
         """`section.field` and value of everything that changes what the run learns."""
@@ -234,8 +244,3 @@ class JobConfig(Section):
             for change, fields in zip(self.schedule, checked, strict=True)
         )
         object.__setattr__(self, "schedule", schedule)
-
-
-def absolute(path: str) -> str:
-    """A local path made absolute; a URL as it is."""
-    return path if "://" in path else str(Path(path).absolute())

@@ -25,9 +25,9 @@ from cdm_ray.config.common import (
     JobConfig,
     OptimizerConfig,
     TrainConfig,
-    absolute,
 )
 from cdm_ray.errors import ConfigError
+from cdm_ray.storage import absolute
 
 AUGMENT_DIM = 9
 """Labels that EDM's augmentation pipe gives an image."""

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from cdm_ray.config.base import Section
 from cdm_ray.errors import ConfigError
+from cdm_ray.storage import AnyPath
 
 C = TypeVar("C", bound=Section)
 
@@ -50,9 +51,17 @@ def load_config(root: type[C], recipe: str | None, overrides: Sequence[str] = ()
     return build_config(root, values)
 
 
-def is_of(root: type[Section], file: str) -> bool:
+def read_config(root: type[C], file: AnyPath, overrides: Sequence[str] = ()) -> C:
+    """A configuration that `to_yaml` wrote, with overrides; raises ConfigError as `load_config`."""
+    values = _parse(str(file), file.read_text())
+    for override in overrides:
+        _apply_override(values, override)
+    return build_config(root, values)
+
+
+def is_of(root: type[Section], file: AnyPath) -> bool:
     """Whether a YAML file is a configuration of this kind, by the sections that it has."""
-    return set(_parse(file, Path(file).read_text())) <= set(root.model_fields)
+    return set(_parse(str(file), file.read_text())) <= set(root.model_fields)
 
 
 def build_config(root: type[C], values: dict[str, Any]) -> C:

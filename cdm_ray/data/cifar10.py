@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from cdm_ray.data.storage import one_line
-from cdm_ray.errors import ConfigError
+from cdm_ray.errors import ConfigError, one_line
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Batch = tuple[Pixels, list[int]]

@@ -8,8 +8,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cdm_ray.config import ImageConfig
-from cdm_ray.data.storage import fetch, join, one_line, write_atomically
-from cdm_ray.errors import ConfigError
+from cdm_ray.errors import ConfigError, one_line
+from cdm_ray.storage import fetch, join, write_whole
 
 MANIFEST_NAME = "manifest.json"
 
@@ -103,7 +103,7 @@ class Manifest(_Record):
     def save(self, folder: Path) -> None:
         """Write `manifest.json` into the folder, whole or not at all."""
         text = self.model_dump_json(indent=1) + "\n"
-        write_atomically(folder / MANIFEST_NAME, text.encode())
+        write_whole(folder / MANIFEST_NAME, text.encode())
 
 
 def check_matches(manifest: Manifest, config: ImageConfig) -> None:

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cdm_ray.data.images import UnusableImage, encode_png, load_image
 from cdm_ray.data.shards import PackedSample, file_sha256, write_shard
 from cdm_ray.data.sources import Kind, SourceImage, open_source
-from cdm_ray.data.storage import one_line, write_atomically
+from cdm_ray.errors import one_line
+from cdm_ray.storage import write_whole
 
 STATE_FOLDER = ".packing"
 PARTIAL = ".partial"
@@ -136,7 +137,7 @@ def _pack(task: ShardTask) -> ShardReport:
     finally:
         partial.unlink(missing_ok=True)
     report.record = ShardRecord(sha256=digest, sources=tuple(sources), contents=tuple(contents))
-    write_atomically(task.record_path, report.record.model_dump_json().encode())
+    write_whole(task.record_path, report.record.model_dump_json().encode())
     return report
 
 

@@ -25,8 +25,8 @@ from cdm_ray.data.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from cdm_ray.data.order import packing_order
 from cdm_ray.data.packing import PARTIAL, STATE_FOLDER, ShardReport, ShardTask, pack_shard
 from cdm_ray.data.sources import KINDS, Source, find_images
-from cdm_ray.data.storage import local_folder, write_atomically
 from cdm_ray.errors import ConfigError
+from cdm_ray.storage import absolute, is_url, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -110,12 +110,17 @@ def prepare(config: DataConfig, map_tasks: MapTasks) -> Manifest:
 def plan_packing(config: DataConfig) -> Packing:
     """Find the images and check that `data.path` can take them; writes nothing.
 
-    Raises ConfigError when there are no images, or when the folder holds anything but this packing,
-    finished or not.
+    Raises ConfigError when there are no images, when the folder holds anything but this packing,
+    finished or not, or is a URL.
     """
     if config.source is None:
         raise ConfigError(f"data.source is not set: name the images to pack, {KINDS}")
-    folder = local_folder(config.path)
+    if is_url(config.path):
+        raise ConfigError(
+            f"data.path={config.path}: shards are packed into a local folder; give one, then copy "
+            "the folder to the URL"
+        )
+    folder = Path(absolute(config.path))
     source = find_images(config.source)
     listing = hashlib.sha256()
     for image in source.images:
@@ -145,7 +150,7 @@ def pack(packing: Packing, map_tasks: MapTasks) -> Manifest:
         _check_folder(packing.config, packing.folder, packing.plan)
         for partial in state.glob(f"*{PARTIAL}"):
             partial.unlink(missing_ok=True)
-        write_atomically(state / _PLAN_NAME, packing.plan.model_dump_json().encode())
+        write_whole(state / _PLAN_NAME, packing.plan.model_dump_json().encode())
         reports: list[ShardReport] = map_tasks(
             pack_shard, packing.tasks, f"packing {packing.folder.name}"
         )

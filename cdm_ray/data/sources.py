@@ -17,8 +17,8 @@ import numpy as np
 
 from cdm_ray.data import cifar10
 from cdm_ray.data.images import SUFFIXES
-from cdm_ray.data.storage import absolute, is_url, one_line
-from cdm_ray.errors import ConfigError
+from cdm_ray.errors import ConfigError, one_line
+from cdm_ray.storage import absolute, is_url
 
 Kind = Literal["digits", "cifar10", "folder", "zip"]
 

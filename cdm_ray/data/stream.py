@@ -20,7 +20,8 @@ from cdm_ray.config import DataConfig
 from cdm_ray.data.manifest import Manifest
 from cdm_ray.data.order import Cursor, DataOrder
 from cdm_ray.data.shards import DamagedSample, DataError, Shard
-from cdm_ray.data.storage import fetch, join, one_line
+from cdm_ray.errors import one_line
+from cdm_ray.storage import fetch, join
 
 log = logging.getLogger(__name__)
 

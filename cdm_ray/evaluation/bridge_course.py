@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from cdm_ray.evaluation.figures import BLUE, GREEN, ORANGE
 from cdm_ray.evaluation.plotting import TITLE_LEFT, new_figure, save_figure, style_axes
+from cdm_ray.storage import AnyPath
 
 
 class _Panel(NamedTuple):
@@ -43,7 +43,7 @@ _COURSE = (
 )
 
 
-def course_figure(points: Sequence[Mapping[str, Any]], path: Path) -> None:
+def course_figure(points: Sequence[Mapping[str, Any]], path: AnyPath) -> None:
     """Metrics over optimizer steps, from points {"step": int, "metrics": {name: value}} with
     the names of `evaluate_bridge`, as PNG; panels that have no data are left out.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +17,12 @@ from cdm_ray.evaluation.bridge_figures import bridge_figures
 from cdm_ray.evaluation.bridge_metrics import BridgeEvaluation, evaluate_bridge
 from cdm_ray.evaluation.bridge_truth import CIRTruth, GaussianTruth, Truth
 from cdm_ray.evaluation.grid_truth import solve
-from cdm_ray.evaluation.parts import write_whole
 from cdm_ray.evaluation.results import RESULTS_NAME
 from cdm_ray.evaluation.tasks import MapTasks
 from cdm_ray.processes.bridge import Bridge
 from cdm_ray.processes.references import Brownian, CoxIngersollRoss, OrnsteinUhlenbeck
 from cdm_ray.processes.simulation import Paths
+from cdm_ray.storage import AnyPath, matching, write_whole
 
 CACHE = "truth"
 """Folder of the solutions on grids, in `run.storage`."""
@@ -35,7 +34,7 @@ class BridgeResult:
     """Numbers by name; figures as PNG files by name."""
 
     metrics: dict[str, float]
-    figures: dict[str, Path]
+    figures: dict[str, AnyPath]
 
 
 def evaluate_weights(
@@ -43,8 +42,8 @@ def evaluate_weights(
     weights: dict[str, Tensor],
     where: str,
     *,
-    cache_folder: Path,
-    out_folder: Path,
+    cache_folder: AnyPath,
+    out_folder: AnyPath,
     map_tasks: MapTasks,
     paths: int,
     figures: bool,
@@ -58,7 +57,6 @@ def evaluate_weights(
     (found,) = map_tasks(
         partial(work, paths=paths, figures_folder=target), [config], "evaluating paths"
     )
-    out_folder.mkdir(parents=True, exist_ok=True)
     content = {
         "metrics": found.metrics,
         "figures": {name: path.name for name, path in found.figures.items()},
@@ -67,16 +65,16 @@ def evaluate_weights(
     return found
 
 
-def course_points(evaluations: Path) -> list[dict[str, Any]]:
+def course_points(evaluations: AnyPath) -> list[dict[str, Any]]:
     """Step and metrics of every evaluation in the folder, in the order of the steps."""
     found = []
-    for path in sorted(evaluations.glob(f"step-????????/{RESULTS_NAME}")):
+    for path in matching(evaluations, f"step-????????/{RESULTS_NAME}"):
         step = int(path.parent.name.removeprefix("step-"))
         found.append({"step": step, "metrics": json.loads(path.read_text())["metrics"]})
     return found
 
 
-def truth_of(config: BridgeConfig, bridge: Bridge, cache_folder: Path) -> Truth | None:
+def truth_of(config: BridgeConfig, bridge: Bridge, cache_folder: AnyPath) -> Truth | None:
     """What is known exactly about a bridge: its closed form, else the solution on `eval.grid`,
     which is kept in the cache, else nothing."""
     process = bridge.process
@@ -100,9 +98,9 @@ def _evaluate(
     *,
     weights: dict[str, Tensor],
     where: str,
-    cache: Path,
+    cache: AnyPath,
     paths: int,
-    figures_folder: Path | None,
+    figures_folder: AnyPath | None,
 ) -> BridgeResult:
     bridge = bridge_of(config)
     truth = truth_of(config, bridge, cache)
@@ -112,9 +110,8 @@ def _evaluate(
     found = evaluate_bridge(
         control, bridge, steps=steps, paths=paths, seed=config.eval.seed, truth=truth
     )
-    made: dict[str, Path] = {}
+    made: dict[str, AnyPath] = {}
     if figures_folder is not None:
-        figures_folder.mkdir(parents=True, exist_ok=True)
         shown = Paths(found.paths.states.to(bridge.start), found.paths.times)
         made = bridge_figures(bridge, control.score, shown, truth, figures_folder)
     return BridgeResult(_in_given_coordinates(bridge, found), made)

@@ -9,7 +9,6 @@ Lamperti's; the axes say so.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +29,7 @@ from cdm_ray.processes.bridge import Bridge
 from cdm_ray.processes.references import CoxIngersollRoss, GradientProcess, ReferenceProcess
 from cdm_ray.processes.rollout import Field
 from cdm_ray.processes.simulation import Paths, simulate
+from cdm_ray.storage import AnyPath
 
 Array = NDArray[np.float64]
 
@@ -50,8 +50,8 @@ _DEEP_TO_HIGH = LinearSegmentedColormap.from_list("deep to high", ["#a0a0a0", "#
 
 
 def bridge_figures(
-    bridge: Bridge, score: Field, paths: Paths, truth: Truth | None, folder: Path
-) -> dict[str, Path]:
+    bridge: Bridge, score: Field, paths: Paths, truth: Truth | None, folder: AnyPath
+) -> dict[str, AnyPath]:
     """Write the figures `paths`, `marginals` and `drift` of a model into the folder.
 
     `score` is the model's g, `paths` the model's own [K + 1, N, d], all of them finite. Without a

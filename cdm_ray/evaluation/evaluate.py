@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from cdm_ray.evaluation.results import EvaluationResult
 from cdm_ray.evaluation.scores import Judge, Quantity, read_score, score, summary
 from cdm_ray.evaluation.tasks import MapTasks
 from cdm_ray.evaluation.work import SHOWN, Subject, load_network, read_drift, run_item
+from cdm_ray.storage import AnyPath, remove_folder
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +35,8 @@ def evaluate(
     state_dict: dict[str, Tensor],
     manifest: Manifest,
     *,
-    cache_folder: Path,
-    out_folder: Path,
+    cache_folder: AnyPath,
+    out_folder: AnyPath,
     map_tasks: MapTasks,
 ) -> EvaluationResult:
     """Compare what the weights generate with the data set in `config.data.path`.
@@ -67,7 +66,7 @@ def evaluate(
     folder, parts_folder = out_folder / key, out_folder / f"parts-{key}"
     if (before := EvaluationResult.find(folder)) is not None:
         log.info("evaluated before: %s", folder)
-        shutil.rmtree(parts_folder, ignore_errors=True)  # killed after the results were written
+        remove_folder(parts_folder)  # killed after the results were written
         return before
     dataset = Dataset(config.data.path, manifest, config.data.max_bad_fraction)
     features = reference_features(dataset, config.eval, cache_folder, map_tasks)
@@ -79,7 +78,6 @@ def evaluate(
     drift = _drift(config, parts)
     scores = _scores(judge, parts, parts_folder / "scores", map_tasks)
     metrics, ranges = summary(scores, extractor.name, extractor.dim)
-    folder.mkdir(parents=True, exist_ok=True)
     result = EvaluationResult(
         folder,
         metrics | _counts(config, judge) | _drift_metrics(drift),
@@ -89,7 +87,7 @@ def evaluate(
         grids=_save_grids(parts, config.eval.grid, folder),
     )
     result.save(_facts(config, manifest, extractor, drift))
-    shutil.rmtree(parts_folder)
+    remove_folder(parts_folder)
     return result
 
 
@@ -98,9 +96,9 @@ class _Parts:
     """The finished tasks of an evaluation and their files."""
 
     items: Sequence[Item]
-    paths: Sequence[Path]
+    paths: Sequence[AnyPath]
 
-    def of(self, source: Source, seed_range: int) -> list[Path]:
+    def of(self, source: Source, seed_range: int) -> list[AnyPath]:
         """Those of a range of seeds, in order."""
         return [
             path
@@ -115,7 +113,7 @@ class _Parts:
                 yield read_part(path)
 
 
-def _run_items(subject: Subject, folder: Path, map_tasks: MapTasks) -> _Parts:
+def _run_items(subject: Subject, folder: AnyPath, map_tasks: MapTasks) -> _Parts:
     items = plan(subject.config, len(subject.real))
     paths = compute_parts(partial(run_item, subject), items, folder, map_tasks, "evaluation")
     return _Parts(items, paths)
@@ -130,7 +128,7 @@ def _drift(config: ImageConfig, parts: _Parts) -> Drift:
 
 
 def _scores(
-    judge: Judge, parts: _Parts, folder: Path, map_tasks: MapTasks
+    judge: Judge, parts: _Parts, folder: AnyPath, map_tasks: MapTasks
 ) -> dict[Kind, list[dict[Quantity, float]]]:
     """Quantities of every range of seeds, by sampler."""
     ranges = len(judge.config.first_seeds)
@@ -142,9 +140,9 @@ def _scores(
     return {kind: found[place * ranges : (place + 1) * ranges] for place, kind in enumerate(KINDS)}
 
 
-def _save_grids(parts: _Parts, count: int, folder: Path) -> dict[str, Path]:
+def _save_grids(parts: _Parts, count: int, folder: AnyPath) -> dict[str, AnyPath]:
     """Write a grid of the first images of each sampler."""
-    grids: dict[str, Path] = {}
+    grids: dict[str, AnyPath] = {}
     for kind in KINDS:
         grids[kind] = folder / f"samples_{kind}.png"
         save_grid(torch.cat([part[SHOWN] for part in parts.first(kind, count)]), grids[kind])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +21,8 @@ from torch import Tensor
 from cdm_ray.evaluation.drift import STEP_COUNTS, Drift, Source
 from cdm_ray.evaluation.estimate import Estimate
 from cdm_ray.evaluation.generate import Kind
+from cdm_ray.evaluation.plotting import save_figure
+from cdm_ray.storage import AnyPath, whole_file
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 _TILE_PIXELS = 64
@@ -59,12 +60,13 @@ def sample_grid(images: Tensor) -> Image.Image:
     return Image.fromarray(canvas.squeeze(2) if channels == 1 else canvas)
 
 
-def save_grid(images: Tensor, path: Path) -> None:
+def save_grid(images: Tensor, path: AnyPath) -> None:
     """Write `sample_grid` as PNG; the same images give the same bytes."""
-    sample_grid(images).save(path, "PNG", compress_level=6)
+    with whole_file(path) as file:
+        sample_grid(images).save(file, "PNG", compress_level=6)
 
 
-def drift_figures(drift: Drift, folder: Path) -> dict[str, Path]:
+def drift_figures(drift: Drift, folder: AnyPath) -> dict[str, AnyPath]:
     """Write the figures `cp_residual` and `noise_norm` of an evaluation into the folder."""
     paths = {name: folder / f"{name}.png" for name in ("cp_residual", "noise_norm")}
     save_sigma_figure(
@@ -116,7 +118,7 @@ def norm_curves(drift: Drift) -> dict[str, Curve]:
 
 
 def save_sigma_figure(
-    path: Path, curves: Mapping[str, Curve], *, title: str, y_label: str, zero_label: str
+    path: AnyPath, curves: Mapping[str, Curve], *, title: str, y_label: str, zero_label: str
 ) -> None:
     """Curves over the noise level with 95 % error bars and a labelled line at zero."""
     figure = Figure(figsize=(7.6, 4.2), dpi=110, layout="constrained")
@@ -142,7 +144,7 @@ def save_sigma_figure(
             capsize=2.5,
         )
     _finish(axes, title, y_label)
-    figure.savefig(path, metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def _finish(axes: Axes, title: str, y_label: str) -> None:

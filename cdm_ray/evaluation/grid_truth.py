@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -27,6 +26,7 @@ from cdm_ray.evaluation.backward_grid import (
 from cdm_ray.evaluation.grid_schemes import finite_differences, kernel_convolutions
 from cdm_ray.evaluation.npz import Arrays, read_cache, short_digest, write_cache
 from cdm_ray.processes.references import ReferenceProcess
+from cdm_ray.storage import AnyPath
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def solve(
     end: Tensor,
     duration: float,
     grid: Grid,
-    cache_folder: Path,
+    cache_folder: AnyPath,
 ) -> GridTruth:
     """The bridge from `start` [d] to `end` [d] in `duration`, from the cache if it is there.
 

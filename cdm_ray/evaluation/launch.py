@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from cdm_ray.checkpoint import EMA, Checkpoint
 from cdm_ray.config import ImageConfig
 from cdm_ray.data.manifest import check_matches
@@ -14,12 +12,13 @@ from cdm_ray.evaluation.generate import KINDS, num_evaluations
 from cdm_ray.evaluation.plan import plan
 from cdm_ray.evaluation.results import EvaluationResult
 from cdm_ray.evaluation.tasks import MapTasks
+from cdm_ray.storage import AnyPath
 
 EVALUATIONS = "evaluation"
 """Folder of the evaluations inside a run's folder."""
 
 
-def evaluation_folder(run_folder: Path, checkpoint_name: str) -> Path:
+def evaluation_folder(run_folder: AnyPath, checkpoint_name: str) -> AnyPath:
     """Where the evaluations of a checkpoint lie."""
     return run_folder / EVALUATIONS / checkpoint_name
 

@@ -7,13 +7,12 @@ import io
 import logging
 import zipfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cdm_ray.evaluation.parts import write_whole
+from cdm_ray.storage import AnyPath, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +20,7 @@ Arrays = Mapping[str, NDArray]
 T = TypeVar("T")
 
 
-def read_cache(path: Path, parse: Callable[[Arrays], T]) -> T | None:
+def read_cache(path: AnyPath, parse: Callable[[Arrays], T]) -> T | None:
     """Content of a cache file, or None when there is none or it is damaged."""
     if not path.exists():
         return None
@@ -40,9 +39,8 @@ def read_npz(content: bytes) -> Arrays:
     return dict(loaded)
 
 
-def write_cache(path: Path, arrays: Arrays) -> None:
+def write_cache(path: AnyPath, arrays: Arrays) -> None:
     """Write an npz, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
     np.savez(content, allow_pickle=False, **dict(arrays))
     write_whole(path, content.getvalue())

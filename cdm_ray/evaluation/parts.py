@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 from safetensors import SafetensorError, safe_open
@@ -16,6 +14,7 @@ from torch import Tensor
 from cdm_ray.errors import RunFailed
 from cdm_ray.evaluation.features import tensors_digest
 from cdm_ray.evaluation.tasks import MapTasks
+from cdm_ray.storage import AnyPath, list_folder, local_file, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +31,10 @@ class DamagedPart(ValueError):
 def compute_parts(
     work: Callable[[T], Tensors],
     items: Sequence[T],
-    folder: Path,
+    folder: AnyPath,
     map_tasks: MapTasks,
     description: str,
-) -> list[Path]:
+) -> list[AnyPath]:
     """Tensors `work(item)` of every item, each in a file of the folder; paths in the items' order.
 
     Items whose file is already there and whole are left alone: the folder must stand for whatever
@@ -43,17 +42,16 @@ def compute_parts(
     the folder, which every machine that runs tasks must therefore share; raises RunFailed when the
     files do not arrive.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{index:05d}.safetensors" for index in range(len(items))]
     # A listing, since NFS would remember each single question for a file that is not there yet.
-    there = {path.name for path in folder.iterdir()}
+    there = {path.name for path in list_folder(folder)}
     whole = {path for path in paths if path.name in there and _is_whole(path)}
     missing = [(item, path) for item, path in zip(items, paths, strict=True) if path not in whole]
     if missing:
         if whole:
             description = f"{description} ({len(whole)} of {len(items)} parts done before)"
         map_tasks(partial(_compute, work), missing, description)
-        arrived = {path.name for path in folder.iterdir()}
+        arrived = {path.name for path in list_folder(folder)}
         lost = [path for path in paths if path.name not in arrived]
         if lost:
             raise RunFailed(
@@ -63,10 +61,10 @@ def compute_parts(
     return paths
 
 
-def read_part(path: Path) -> Tensors:
+def read_part(path: AnyPath) -> Tensors:
     """The tensors of a part, on the CPU; raises DamagedPart unless they are those written."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with local_file(path) as local, safe_open(local, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
@@ -76,31 +74,24 @@ def read_part(path: Path) -> Tensors:
     return tensors
 
 
-def rows_of(path: Path, name: str) -> int:
+def rows_of(path: AnyPath, name: str) -> int:
     """Length of the first axis of a tensor of a part that is whole."""
-    with safe_open(path, framework="pt") as file:
+    with local_file(path) as local, safe_open(local, framework="pt") as file:
         return int(file.get_slice(name).get_shape()[0])
 
 
-def write_part(path: Path, tensors: Tensors) -> None:
+def write_part(path: AnyPath, tensors: Tensors) -> None:
     """Write tensors so that `read_part` knows whether they are whole."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_whole(path, save(tensors, metadata={_DIGEST: tensors_digest(tensors)}))
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is either whole or not there, whoever else writes it at the same time."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
-def _compute(work: Callable[[T], Tensors], item_and_path: tuple[T, Path]) -> None:
+def _compute(work: Callable[[T], Tensors], item_and_path: tuple[T, AnyPath]) -> None:
     item, path = item_and_path
     write_part(path, work(item))
 
 
-def _is_whole(path: Path) -> bool:
+def _is_whole(path: AnyPath) -> bool:
     try:
         read_part(path)
     except DamagedPart as damage:

@@ -5,13 +5,14 @@ No global state of matplotlib is touched.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from cdm_ray.storage import AnyPath, whole_file
 
 TITLE_LEFT: dict[str, Any] = {"x": 0.01, "ha": "left", "fontsize": 11}
 
@@ -23,8 +24,9 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    figure.savefig(path, metadata={"Software": None})
+def save_figure(figure: Figure, path: AnyPath) -> None:
+    with whole_file(path) as file:
+        figure.savefig(file, metadata={"Software": None})
 
 
 def style_axes(axes: Axes) -> None:

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,9 +13,9 @@ from torch import Tensor
 
 from cdm_ray.data.manifest import Manifest
 from cdm_ray.data.shards import DamagedSample, DataError, Shard
-from cdm_ray.data.storage import fetch, join
 from cdm_ray.evaluation.npz import Arrays, read_cache, short_digest, write_cache
 from cdm_ray.evaluation.tasks import MapTasks
+from cdm_ray.storage import AnyPath, fetch, join
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ class Dataset:
 
 
 def reference_images(
-    dataset: Dataset, count: int, cache_folder: Path, map_tasks: MapTasks
+    dataset: Dataset, count: int, cache_folder: AnyPath, map_tasks: MapTasks
 ) -> LabelledImages:
     """`count` images, or all if there are fewer, evenly spaced over the data set; cached."""
     count = min(count, dataset.manifest.num_samples)

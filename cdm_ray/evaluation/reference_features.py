@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,14 +15,14 @@ from torch import Tensor
 from cdm_ray.config import EvalConfig
 from cdm_ray.data.manifest import Manifest
 from cdm_ray.data.shards import DataError
-from cdm_ray.data.storage import fetch, one_line
-from cdm_ray.errors import ConfigError
+from cdm_ray.errors import ConfigError, one_line
 from cdm_ray.evaluation.features import FeatureExtractor, load_extractor
 from cdm_ray.evaluation.frechet import FeatureStatistics, GivenMoments, merge_all
 from cdm_ray.evaluation.npz import Arrays, read_cache, read_npz, short_digest, write_cache
 from cdm_ray.evaluation.parts import compute_parts, read_part, rows_of
 from cdm_ray.evaluation.reference import Dataset
 from cdm_ray.evaluation.tasks import MapTasks, task_device
+from cdm_ray.storage import AnyPath, fetch, remove_folder
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +38,12 @@ _FEATURE_BATCH = 64
 class ReferenceFeatures:
     """Features of every image of a data set: the parts that hold them, and their statistics."""
 
-    parts: tuple[Path, ...]
+    parts: tuple[AnyPath, ...]
     statistics: FeatureStatistics
 
 
 def reference_features(
-    dataset: Dataset, config: EvalConfig, cache_folder: Path, map_tasks: MapTasks
+    dataset: Dataset, config: EvalConfig, cache_folder: AnyPath, map_tasks: MapTasks
 ) -> ReferenceFeatures:
     """Features of every image of the data set, without flips, computed once and then cached.
 
@@ -66,7 +64,7 @@ def reference_features(
     try:
         dataset.check_count(sum(rows_of(part, FEATURES) for part in parts), manifest.num_samples)
     except DataError:
-        shutil.rmtree(folder)  # the data set packed again has the same key
+        remove_folder(folder)  # the data set packed again has the same key
         raise
     statistics = read_cache(path, partial(_parse_statistics, dim=extractor.dim))
     if statistics is None:
@@ -76,7 +74,7 @@ def reference_features(
     return ReferenceFeatures(tuple(parts), statistics)
 
 
-def read_features(parts: Iterable[Path]) -> Tensor:
+def read_features(parts: Iterable[AnyPath]) -> Tensor:
     """Features float32 [N, d] of all parts, in order."""
     return torch.cat([read_part(path)[FEATURES] for path in parts])
 
@@ -144,7 +142,7 @@ def _shard_features(dataset: Dataset, config: EvalConfig, shards: range) -> dict
     return {FEATURES: torch.cat(features) if features else torch.empty(0, extractor.dim)}
 
 
-def _write_statistics(path: Path, parts: Sequence[Path]) -> None:
+def _write_statistics(path: AnyPath, parts: Sequence[AnyPath]) -> None:
     features = (read_part(part)[FEATURES] for part in parts)
     statistics = merge_all(FeatureStatistics.of(some) for some in features if len(some))
     arrays = {"mu": statistics.mean, "sigma": statistics.covariance}

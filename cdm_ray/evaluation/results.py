@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from cdm_ray.evaluation.generate import KINDS
-from cdm_ray.evaluation.parts import write_whole
+from cdm_ray.storage import AnyPath, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +26,12 @@ class EvaluationResult:
     range, in the order of `first_seeds`.
     """
 
-    folder: Path
+    folder: AnyPath
     metrics: dict[str, float]
     first_seeds: tuple[int, ...]
     ranges: dict[str, list[float]]
-    figures: dict[str, Path]
-    grids: dict[str, Path]
+    figures: dict[str, AnyPath]
+    grids: dict[str, AnyPath]
 
     def save(self, facts: dict[str, Any]) -> None:
         """Write `results.json`, last of all files, with facts about what was evaluated."""
@@ -47,7 +46,7 @@ class EvaluationResult:
         write_whole(self.folder / RESULTS_NAME, text.encode())
 
     @classmethod
-    def find(cls, folder: Path) -> EvaluationResult | None:
+    def find(cls, folder: AnyPath) -> EvaluationResult | None:
         """The result in a folder; None, with a warning if it is damaged, when it is not whole."""
         path = folder / RESULTS_NAME
         if not path.is_file():

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +23,9 @@ from cdm_ray.evaluation.features import tensors_digest
 from cdm_ray.evaluation.figures import save_grid
 from cdm_ray.evaluation.generate import configured_solver, generate, num_evaluations
 from cdm_ray.evaluation.npz import short_digest
-from cdm_ray.evaluation.parts import write_whole
 from cdm_ray.evaluation.tasks import MapTasks, split_evenly, task_device
 from cdm_ray.evaluation.work import load_network
+from cdm_ray.storage import AnyPath, list_folder, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +39,13 @@ IMAGES_PER_FOLDER = 1000
 class Samples:
     """Images in a folder; see `png_path` for their names."""
 
-    folder: Path
+    folder: AnyPath
     seeds: range
     made: int
     """How many were not there before."""
 
     @property
-    def grid(self) -> Path:
+    def grid(self) -> AnyPath:
         return self.folder / GRID_NAME
 
 
@@ -66,7 +65,6 @@ def sample_images(config: ImageConfig, checkpoint: Checkpoint, map_tasks: MapTas
     settings = _settings(config, state_dict)
     key = short_digest(json.dumps(settings, sort_keys=True))
     folder = samples_root(checkpoint) / f"{checkpoint.folder.name}-{config.sampler.kind}-{key}"
-    folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / SETTINGS_NAME, (json.dumps(settings, indent=1) + "\n").encode())
     seeds = sampled_seeds(config)
     batches = [seeds[rows.start : rows.stop] for rows in _batches(config)]
@@ -97,12 +95,12 @@ def sampled_seeds(config: ImageConfig) -> range:
     return range(first, first + config.eval.images)
 
 
-def samples_root(checkpoint: Checkpoint) -> Path:
+def samples_root(checkpoint: Checkpoint) -> AnyPath:
     """Folder around all samples of the checkpoint's run."""
     return checkpoint.run_folder / SAMPLES
 
 
-def png_path(folder: Path, seed: int) -> Path:
+def png_path(folder: AnyPath, seed: int) -> AnyPath:
     """Where the image of a seed lies: a thousand to a folder, as with EDM's generator."""
     first = seed - seed % IMAGES_PER_FOLDER
     return folder / f"{first:06d}" / f"{seed:06d}.png"
@@ -121,7 +119,7 @@ class _Work:
     config: ImageConfig
     state_dict: dict[str, Tensor]
     label_dim: int
-    folder: Path
+    folder: AnyPath
 
 
 def _make_missing(work: _Work, seeds: range) -> int:
@@ -136,17 +134,16 @@ def _make_missing(work: _Work, seeds: range) -> int:
     images = generate(network, config, missing, work.label_dim, config.sampler.kind, device)
     for seed, image in zip(missing, images.cpu(), strict=True):
         path = png_path(work.folder, seed)
-        path.parent.mkdir(exist_ok=True)
         pixels = image.permute(1, 2, 0).numpy()
         picture = Image.fromarray(pixels.squeeze(2) if mode == "L" else pixels)
         write_whole(path, encode_png(picture))
     return len(missing)
 
 
-def _is_whole(path: Path, mode: str, size: tuple[int, int]) -> bool:
+def _is_whole(path: AnyPath, mode: str, size: tuple[int, int]) -> bool:
     """Whether a PNG of this kind is there, with the checksums of all of its parts right."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with path.open("rb") as file, Image.open(file, formats=["PNG"]) as image:
             image.verify()
             return (image.mode, image.size) == (mode, size)
     except FileNotFoundError:
@@ -156,27 +153,23 @@ def _is_whole(path: Path, mode: str, size: tuple[int, int]) -> bool:
         return False
 
 
-def _read(path: Path) -> Tensor:
+def _read(path: AnyPath) -> Tensor:
     """A PNG to uint8 [C, H, W]."""
-    with Image.open(path) as image:
+    with path.open("rb") as file, Image.open(file) as image:
         pixels = np.array(image)
     return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1)
 
 
-def _check_arrived(folder: Path, seeds: Iterable[int]) -> None:
+def _check_arrived(folder: AnyPath, seeds: Iterable[int]) -> None:
     paths = [png_path(folder, seed) for seed in seeds]
     # Listings, since NFS would remember a question for a single file that is not there yet.
-    there = {path for parent in {p.parent for p in paths} for path in _list(parent)}
+    there = {path for parent in {p.parent for p in paths} for path in list_folder(parent)}
     lost = [path for path in paths if path not in there]
     if lost:
         raise RunFailed(
             f"{folder}: {len(lost)} of {len(paths)} images were made and are not there "
             f"(first {lost[0].name}); this folder must be on storage that all machines share"
         )
-
-
-def _list(folder: Path) -> Sequence[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _batches(config: ImageConfig) -> list[range]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import sys
-import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -36,12 +35,12 @@ from cdm_ray.evaluation.bridge_evaluation import float32, given_coordinates, log
 from cdm_ray.evaluation.bridge_metrics import WeightSummary, log_weights, simulate_bridge
 from cdm_ray.evaluation.features import tensors_digest
 from cdm_ray.evaluation.npz import short_digest
-from cdm_ray.evaluation.parts import write_whole
 from cdm_ray.evaluation.sample_images import SETTINGS_NAME, samples_root
 from cdm_ray.networks.control import BridgeControl
 from cdm_ray.processes.bridge import Bridge
 from cdm_ray.processes.simulation import check_paths
 from cdm_ray.randomness import generator
+from cdm_ray.storage import AnyPath, whole_file, write_whole
 
 STREAM = 6
 """First part of the seeds of the noise drawn here."""
@@ -57,7 +56,7 @@ Append = Callable[[NDArray[np.float32], NDArray[np.float64]], None]
 class PathSamples:
     """Paths in a file."""
 
-    file: Path
+    file: AnyPath
     paths: int
     weights: WeightSummary
 
@@ -76,10 +75,9 @@ def sample_paths(config: BridgeConfig, checkpoint: Checkpoint) -> PathSamples:
     times = bridge.times(config.eval.steps).numpy()
     shape = (config.eval.paths, len(times), config.dim)
     writer = {"npz": _npz, "parquet": _parquet}[config.eval.format]
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file.with_name(SETTINGS_NAME), (json.dumps(settings, indent=1) + "\n").encode())
     every_weight = []
-    with _whole(file) as temporary, writer(temporary, times, shape) as append:
+    with whole_file(file) as temporary, writer(temporary, times, shape) as append:
         for states, weights in _simulated(config, float32(bridge), control):
             append(states, weights)
             every_weight.append(weights)
@@ -87,7 +85,7 @@ def sample_paths(config: BridgeConfig, checkpoint: Checkpoint) -> PathSamples:
     return PathSamples(file, config.eval.paths, summary)
 
 
-def paths_file(config: BridgeConfig, checkpoint: Checkpoint) -> Path:
+def paths_file(config: BridgeConfig, checkpoint: Checkpoint) -> AnyPath:
     """`<run>/samples/<checkpoint>-<key>/paths.npz` or `.parquet`; the key stands for all that
     determines the paths."""
     settings = _settings(config, checkpoint.tensors(EMA))
@@ -143,17 +141,6 @@ def _settings(config: BridgeConfig, state_dict: dict[str, Tensor]) -> dict[str, 
         **{name: part.model_dump(mode="json") for name, part in parts.items()},
         "eval": config.eval.model_dump(include={"paths", "steps", "seed"}),
     }
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A file to write instead of `path`, which takes its place once it is finished."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Literal, NamedTuple, get_args
 
@@ -25,6 +24,7 @@ from cdm_ray.evaluation.parts import Tensors, read_part
 from cdm_ray.evaluation.precision_recall import NEIGHBOURS, precision_recall
 from cdm_ray.evaluation.reference_features import ReferenceFeatures, read_features
 from cdm_ray.evaluation.tasks import task_device
+from cdm_ray.storage import AnyPath
 
 Quantity = Literal["fd", "kd", "kd_std", "precision", "recall"]
 """Fréchet distance, kernel distance, the standard deviation over its subsets, and shares."""
@@ -101,7 +101,7 @@ def metric_name(quantity: Quantity, kind: Kind, extractor: str, dim: int) -> str
     return f"{name}_{suffix}" if suffix else name
 
 
-def score(judge: Judge, parts: Sequence[Path]) -> Tensors:
+def score(judge: Judge, parts: Sequence[AnyPath]) -> Tensors:
     """Quantities, float64 numbers by name, of the generated images whose features are in the parts.
 
     Moments are accumulated in float64 over blocks of fixed size and order, so that they do not
@@ -132,7 +132,7 @@ def score(judge: Judge, parts: Sequence[Path]) -> Tensors:
     return {name: torch.tensor(v, dtype=torch.float64) for name, v in quantities.items()}
 
 
-def read_score(path: Path) -> dict[Quantity, float]:
+def read_score(path: AnyPath) -> dict[Quantity, float]:
     """Result of `score` in a part."""
     part = read_part(path)
     return {quantity: part[quantity].item() for quantity in get_args(Quantity)}

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cdm_ray.tracking.server import RunHandle, error_line
+from cdm_ray.errors import error_line
+from cdm_ray.tracking.server import RunHandle
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

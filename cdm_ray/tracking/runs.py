@@ -12,6 +12,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from importlib import metadata
@@ -19,13 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cdm_ray.config import JobConfig, flatten
-from cdm_ray.errors import ConfigError
+from cdm_ray.errors import ConfigError, error_line, redact
+from cdm_ray.storage import AnyPath, write_whole
 from cdm_ray.tracking.server import (
     RunHandle,
     connect,
-    error_line,
     is_database,
-    redact,
     resolve_uri,
     sqlite_file,
 )
@@ -50,7 +50,9 @@ MAX_PER_REQUEST = 100
 RESUME_SECONDS, FINISH_SECONDS = 10.0, 60.0
 
 
-def open_run(config: JobConfig, *, storage: Path, run_name: str, run_folder: Path) -> RunHandle:
+def open_run(
+    config: JobConfig, *, storage: AnyPath, run_name: str, run_folder: AnyPath
+) -> RunHandle:
     """Start the MLflow run of a run folder, or continue the one that it remembers.
 
     Parameters are the fields of the configuration as `section.field`, tags the git revision and
@@ -85,7 +87,7 @@ def open_run(config: JobConfig, *, storage: Path, run_name: str, run_folder: Pat
             error_line(error),
             run_id,
         )
-    handle = RunHandle(uri, run_id, run_folder.absolute() / "spool" / run_id)
+    handle = RunHandle(uri, run_id, _spool(run_folder, run_id))
     if remembered is not None:
         tracker = Tracker(handle)
         tracker.set_status("RUNNING")
@@ -127,16 +129,21 @@ def ui_command(handle: RunHandle) -> str:
     return f"{shlex.quote(executable)} ui --backend-store-uri {store} --host 127.0.0.1 --port 5000"
 
 
-def _remembered(run_folder: Path) -> dict[str, str] | None:
+def _spool(run_folder: AnyPath, run_id: str) -> Path:
+    """Records are appended to files, which object stores cannot do."""
+    if isinstance(run_folder, Path):
+        return run_folder.absolute() / "spool" / run_id
+    return Path(tempfile.gettempdir(), f"cdm_ray-{os.getuid()}", "spool", run_id)
+
+
+def _remembered(run_folder: AnyPath) -> dict[str, str] | None:
     path = run_folder / RUN_FILE
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def _remember(run_folder: Path, uri: str, run_id: str) -> None:
-    run_folder.mkdir(parents=True, exist_ok=True)
-    temporary = run_folder / f".{RUN_FILE}.partial"
-    temporary.write_text(json.dumps({"run_id": run_id, "server": redact(uri)}))
-    temporary.replace(run_folder / RUN_FILE)
+def _remember(run_folder: AnyPath, uri: str, run_id: str) -> None:
+    content = json.dumps({"run_id": run_id, "server": redact(uri)})
+    write_whole(run_folder / RUN_FILE, content.encode())
 
 
 def _database(uri: str) -> MlflowClient:
@@ -162,14 +169,13 @@ def _alone(database: Path | None) -> Iterator[None]:
         yield
 
 
-def _experiment(client: MlflowClient, uri: str, name: str, storage: Path) -> str:
+def _experiment(client: MlflowClient, uri: str, name: str, storage: AnyPath) -> str:
     """Id of the experiment, which is created if there is none."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
     if found is None:
-        # A server knows where its artifacts go; without one, MLflow would take the working folder.
-        location = (storage.absolute() / "mlartifacts").as_uri() if is_database(uri) else None
+        location = _artifact_location(uri, name, storage)
         try:
             return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
         except MlflowException as error:
@@ -183,6 +189,24 @@ def _experiment(client: MlflowClient, uri: str, name: str, storage: Path) -> str
             f"restore it with `mlflow experiments restore --experiment-id {found.experiment_id}`"
         )
     return found.experiment_id
+
+
+def _artifact_location(uri: str, experiment: str, storage: AnyPath) -> str | None:
+    """Where a new experiment keeps its files. A server knows that by itself; without one, MLflow
+    would take the working folder."""
+    if not is_database(uri):
+        return None
+    folder, database = storage, sqlite_file(uri)
+    if not isinstance(folder, Path) and database is not None:
+        folder = database.parent  # MLflow takes few kinds of URLs, each with a package of its own
+    if not isinstance(folder, Path):
+        raise ConfigError(
+            f"tracking.experiment={experiment}: {redact(uri)} has none of this name, and where its "
+            f"files belong does not follow from run.storage={redact(str(storage))}; use an `mlflow "
+            "server`, or create the experiment with `mlflow experiments create "
+            f"--experiment-name {experiment} --artifact-location LOCATION`"
+        )
+    return (folder.absolute() / "mlartifacts").as_uri()
 
 
 def _continued(client: MlflowClient, remembered: dict[str, str] | None) -> Run | None:

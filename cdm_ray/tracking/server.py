@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cdm_ray.config import TrackingConfig
-from cdm_ray.errors import ConfigError
+from cdm_ray.errors import ConfigError, redact
+from cdm_ray.storage import AnyPath
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -23,11 +23,6 @@ _CLIENT_SETTINGS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it prints the URL with its password
     "MLFLOW_DISABLE_TELEMETRY": "true",  # nothing leaves the machine unasked
 }
-_USER_INFO = re.compile(r"://[^/\s?#]*@")
-_SECRET_VALUE = re.compile(
-    r"([?&;][\w.-]*(?:token|key|secret|signature|sig|passw(?:or)?d|pwd|credential)[\w.-]*=)[^&;\s'\"]+",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,8 @@ class RunHandle:
     uri: str = field(repr=False)  # may hold a password
     run_id: str
     spool: Path
-    """Folder of the records of this run, on storage that every node sees."""
+    """Folder of the records of this run: on storage that every node sees, or where that is a URL,
+    on the disk of the machine that records."""
 
 
 def connect(uri: str) -> MlflowClient:
@@ -53,15 +49,21 @@ def connect(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri)
 
 
-def resolve_uri(tracking: TrackingConfig, storage: Path) -> str:
+def resolve_uri(tracking: TrackingConfig, storage: AnyPath) -> str:
     """`tracking.uri`, else MLFLOW_TRACKING_URI, else sqlite in `storage`; sqlite paths absolute.
 
-    Raises ConfigError for what MLflow cannot write to.
+    Raises ConfigError for what MLflow cannot write to, as sqlite at a URL.
     """
     source, uri = "tracking.uri", tracking.uri
     if not uri:
         source, uri = "MLFLOW_TRACKING_URI", os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
+        if not isinstance(storage, Path):
+            raise ConfigError(
+                f"run.storage={redact(str(storage))}: MLflow's default database cannot lie at a "
+                "URL; set tracking.uri or MLFLOW_TRACKING_URI to http://HOST:PORT of an `mlflow "
+                "server` or to sqlite:///FILE"
+            )
         return f"sqlite:///{storage.absolute()}/mlflow.db"
     if (database := sqlite_file(uri)) is not None:
         return f"sqlite:///{database.absolute()}"
@@ -83,14 +85,3 @@ def sqlite_file(uri: str) -> Path | None:
 def is_database(uri: str) -> bool:
     """Whether MLflow reads and writes the database itself, without a server of its own."""
     return not uri.startswith(("http", "databricks"))
-
-
-def redact(text: str) -> str:
-    """The text with user names, passwords and keys in URLs replaced by ***."""
-    return _SECRET_VALUE.sub(r"\1***", _USER_INFO.sub("://***@", text))
-
-
-def error_line(error: Exception) -> str:
-    """Message of an error in one line that may be shown: no credentials, at most 300 characters."""
-    line = redact(" ".join(str(error).split())) or type(error).__name__
-    return line if len(line) <= 300 else f"{line[:297]}..."

@@ -15,13 +15,14 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from cdm_ray.errors import error_line, redact
+from cdm_ray.storage import AnyPath, local_file
 from cdm_ray.tracking.delivery import MAX_METRICS, Entry, deliver, last_steps, record_files
-from cdm_ray.tracking.server import RunHandle, connect, error_line, redact
+from cdm_ray.tracking.server import RunHandle, connect
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -66,17 +67,17 @@ class Tracker:
                 for start in range(0, len(points), MAX_METRICS)
             )
 
-    def log_artifact(self, path: Path, folder: str) -> None:
+    def log_artifact(self, path: AnyPath, folder: str) -> None:
         """A copy of the file, in a folder of the run's artifacts."""
         copy = self._copy(path, path.name)
         with self._lock:
             self._append([{"artifact": copy, "folder": folder}])
 
-    def log_figure(self, path: Path, folder: str = "figures") -> None:
+    def log_figure(self, path: AnyPath, folder: str = "figures") -> None:
         """A copy of the figure's file, where people look for figures."""
         self.log_artifact(path, folder)
 
-    def log_image(self, path: Path, key: str, step: int) -> None:
+    def log_image(self, path: AnyPath, key: str, step: int) -> None:
         """A PNG that MLflow shows under its key with a slider over the steps.
 
         Raises ValueError for a key with characters that MLflow refuses.
@@ -133,16 +134,17 @@ class Tracker:
         self._file.write("".join(lines).encode())
         self._file.flush()
 
-    def _copy(self, path: Path, name: str, thumbnail_pixels: int | None = None) -> str:
+    def _copy(self, path: AnyPath, name: str, thumbnail_pixels: int | None = None) -> str:
         """Put a copy into the spool; returns its path inside the spool."""
         folder = self._files / uuid.uuid4().hex
         folder.mkdir()
-        if thumbnail_pixels is None:
-            shutil.copyfile(path, folder / name)
-        else:
-            with Image.open(path) as image:
-                image.thumbnail((thumbnail_pixels, thumbnail_pixels))
-                image.save(folder / name)
+        with local_file(path) as file:
+            if thumbnail_pixels is None:
+                shutil.copyfile(file, folder / name)
+            else:
+                with Image.open(file) as image:
+                    image.thumbnail((thumbnail_pixels, thumbnail_pixels))
+                    image.save(folder / name)
         return str((folder / name).relative_to(self._handle.spool))
 
     def _send_all(self) -> None:

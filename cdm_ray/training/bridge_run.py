@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from cdm_ray.evaluation.bridge_evaluation import (
 from cdm_ray.evaluation.launch import EVALUATIONS, evaluation_folder
 from cdm_ray.evaluation.tasks import MapTasks
 from cdm_ray.report import RESULTS_FILE
+from cdm_ray.storage import AnyPath, check_writable
 from cdm_ray.tracking import RunHandle, ui_command
 from cdm_ray.training.bridge_worker import train_worker
 from cdm_ray.training.evaluations import (
@@ -38,7 +38,7 @@ TOLD = ("kl_from_truth", "cost", "ess")
 """Metrics that the driver prints during training."""
 
 
-def run_bridge(config: BridgeConfig) -> Path:
+def run_bridge(config: BridgeConfig) -> AnyPath:
     """Train as configured, evaluate the averaged weights, record everything in MLflow.
 
     Returns the run's folder, which then holds the results. Continues the run of the same name. Ray
@@ -47,6 +47,7 @@ def run_bridge(config: BridgeConfig) -> Path:
     """
     config = config.resolved()
     use_gpu = cluster.uses_gpu(config.ray)
+    check_writable(config.storage, "run.storage")
     bridge = bridge_of(config)
     if config.eval.grid is not None:
         print("truth: solving the backward equation, once for this bridge", flush=True)
@@ -81,9 +82,9 @@ def run_bridge(config: BridgeConfig) -> Path:
     return config.run_folder
 
 
-def cache_folder(config: BridgeConfig) -> Path:
+def cache_folder(config: BridgeConfig) -> AnyPath:
     """Where solutions on grids are kept."""
-    return Path(config.run.storage) / CACHE
+    return config.storage / CACHE
 
 
 def _evaluations(
@@ -115,7 +116,7 @@ def _summary(
     config: BridgeConfig,
     step: int,
     found: BridgeResult,
-    checkpoint: Path,
+    checkpoint: AnyPath,
     speed: float | None,
     tracking: RunHandle,
 ) -> BridgeSummary:

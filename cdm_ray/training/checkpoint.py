@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -24,8 +22,10 @@ from cdm_ray.checkpoint import (
     checkpoint_folders,
     checkpoint_name,
     digest_of,
+    remove_checkpoint,
     sha256_of,
 )
+from cdm_ray.storage import AnyPath, publish, staging, whole_file, write_whole
 from cdm_ray.training.engine import Engine
 
 ExtraTensors = Callable[[], dict[str, dict[str, torch.Tensor]]]
@@ -34,14 +34,14 @@ the files, which differ between ranks, are without extension."""
 
 
 def write_checkpoint(
-    root: Path,
+    root: AnyPath,
     engine: Engine,
     state: TrainingState,
     config_yaml: str,
     *,
     keep_last: int,
     extra: dict[str, dict[str, torch.Tensor]] | None = None,
-) -> Path:
+) -> AnyPath:
     """Write `root/step-N` and drop older checkpoints beyond `keep_last`. Collective.
 
     The files are dealt to the ranks; each rank gathers all tensors and keeps those of its files,
@@ -49,10 +49,9 @@ def write_checkpoint(
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     final = root / checkpoint_name(state.step)
-    temporary = root / f".{final.name}.tmp"
+    folder = staging(final)
     if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        remove_checkpoint(folder)  # what a killed write has left
     dist.barrier()
     buffers = buffers_of(engine)
     digests: dict[str, str] = {}
@@ -64,30 +63,27 @@ def write_checkpoint(
             if mine
         }
         if mine:
-            path = temporary / f"{kind}.safetensors"
-            save_file(tensors | buffers if kind in (WEIGHTS, EMA) else tensors, path)
-            digests[path.name] = sha256_of(path)
+            complete = tensors | buffers if kind in (WEIGHTS, EMA) else tensors
+            digests |= _write_tensors(folder / f"{kind}.safetensors", complete)
     for stem, tensors in (extra or {}).items():
-        path = temporary / f"{stem}.safetensors"
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
-        digests[path.name] = sha256_of(path)
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        digests |= _write_tensors(folder / f"{stem}.safetensors", tensors)
     gathered: list[dict[str, str]] = [{}] * world
     dist.all_gather_object(gathered, digests)
     if rank == 0:
-        (temporary / CONFIG_FILE).write_text(config_yaml)
         digests = {name: digest for part in gathered for name, digest in part.items()}
-        digests[CONFIG_FILE] = sha256_of(temporary / CONFIG_FILE)
+        digests[CONFIG_FILE] = hashlib.sha256(config_yaml.encode()).hexdigest()
+        write_whole(folder / CONFIG_FILE, config_yaml.encode())
         content = {"schema": SCHEMA_VERSION, "state": asdict(state), "sha256": digests}
         content["digest"] = digest_of(content)
-        (temporary / STATE_FILE).write_text(json.dumps(content, indent=1))
-        _publish(temporary, final)
-        for old in checkpoint_folders(root)[:-keep_last]:
-            shutil.rmtree(old)
+        write_whole(folder / STATE_FILE, json.dumps(content, indent=1).encode())
+        publish(final)
+        _remove_old(final, keep_last)
     dist.barrier()
     return final
 
 
-def write_average(path: Path, engine: Engine) -> None:
+def write_average(path: AnyPath, engine: Engine) -> None:
     """Write the averaged weights alone, whole or not at all. Collective."""
     tensors = {
         name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
@@ -95,10 +91,7 @@ def write_average(path: Path, engine: Engine) -> None:
         if dist.get_rank() == 0
     }
     if dist.get_rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.partial")
-        save_file(tensors | buffers_of(engine), temporary)
-        temporary.replace(path)
+        _write_tensors(path, tensors | buffers_of(engine))
 
 
 def buffers_of(engine: Engine) -> dict[str, torch.Tensor]:
@@ -106,13 +99,19 @@ def buffers_of(engine: Engine) -> dict[str, torch.Tensor]:
     return {name: tensor.float().cpu() for name, tensor in engine.network.named_buffers()}
 
 
-def _publish(temporary: Path, final: Path) -> None:
-    """Make the folder durable, then visible under its name."""
-    for path in [*temporary.iterdir(), temporary]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    shutil.rmtree(final, ignore_errors=True)  # an unsound one of the same step
-    temporary.rename(final)
+def _write_tensors(path: AnyPath, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Write a file, whole or not at all; returns its name with its digest."""
+    with whole_file(path) as file:
+        save_file(tensors, file)
+        return {path.name: sha256_of(file)}
+
+
+def _remove_old(newest: AnyPath, keep_last: int) -> None:
+    """Remove what comes before the newest checkpoint, but for the last ones, and what killed writes
+    have left, which would otherwise count among them."""
+    folders = checkpoint_folders(newest.parent)
+    leftovers = [folder for folder in folders if not (folder / STATE_FILE).is_file()]
+    names = [f.name for f in folders if f not in leftovers and f.name <= newest.name]
+    for folder in folders:
+        if folder in leftovers or folder.name in names[:-keep_last]:
+            remove_checkpoint(folder)

@@ -12,25 +12,25 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import ray
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cdm_ray import cluster
-from cdm_ray.checkpoint import checkpoint_name
+from cdm_ray.checkpoint import checkpoint_name, load_tensors
 from cdm_ray.cluster import TaskResources
 from cdm_ray.config import JobConfig
-from cdm_ray.evaluation.launch import EVALUATIONS, evaluation_folder
+from cdm_ray.errors import error_line
 from cdm_ray.evaluation.tasks import MapTasks
+from cdm_ray.storage import AnyPath, matching
 from cdm_ray.tracking import RunHandle, Tracker
 
 log = logging.getLogger(__name__)
 
-SNAPSHOT = "ema.safetensors"
+SNAPSHOTS = "snapshots"
+"""Folder of the weights that wait for their evaluation, inside a run's folder."""
 Evaluate = Callable[[dict[str, Tensor], int, MapTasks], dict[str, float]]
 """evaluate(averaged weights, step, map_tasks): evaluates, records, and returns what to print."""
 LOOK_EVERY_SECONDS = 1.0
@@ -38,19 +38,19 @@ GPU_SHARE = 0.1
 """Of each training GPU, for evaluations during training where there is no other GPU."""
 
 
-def snapshot_path(config: JobConfig, step: int) -> Path:
+def snapshot_path(config: JobConfig, step: int) -> AnyPath:
     """Where the workers leave the averaged weights of a step."""
-    return evaluation_folder(config.run_folder, checkpoint_name(step)) / SNAPSHOT
+    return config.run_folder / SNAPSHOTS / f"{checkpoint_name(step)}.safetensors"
 
 
 def record_evaluation(
     tracking: RunHandle,
     step: int,
     metrics: Mapping[str, float],
-    figures: Iterable[Path],
+    figures: Iterable[AnyPath],
     *,
-    images: Mapping[str, Path] | None = None,
-    checkpoint: Path | None = None,
+    images: Mapping[str, AnyPath] | None = None,
+    checkpoint: AnyPath | None = None,
 ) -> None:
     """Numbers and figures on the MLflow run, at their step, `images` with a slider over the steps;
     and which checkpoint they are of, if it is kept."""
@@ -103,7 +103,7 @@ class EvaluationsDuringTraining:
         self._map_tasks = partial(
             cluster.map_tasks, resources=resources_beside_training(config, use_gpu), show=False
         )
-        self._failed: set[Path] = set()
+        self._failed: set[AnyPath] = set()
         self._trained, self._abandoned = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="evaluations", daemon=True)
 
@@ -134,14 +134,18 @@ class EvaluationsDuringTraining:
                 return
             self._trained.wait(LOOK_EVERY_SECONDS)
 
-    def _waiting(self) -> list[Path]:
-        found = (self._config.run_folder / EVALUATIONS).glob(f"step-*/{SNAPSHOT}")
-        return sorted(path for path in found if path not in self._failed)
-
-    def _evaluate(self, snapshot: Path) -> None:
-        step = int(snapshot.parent.name.removeprefix("step-"))
+    def _waiting(self) -> list[AnyPath]:
         try:
-            told = self._evaluate_snapshot(load_file(snapshot), step, self._map_tasks)
+            found = matching(self._config.run_folder / SNAPSHOTS, "step-*.safetensors")
+        except Exception as error:  # storage at a URL may be away for a moment
+            log.warning("looking for snapshots: %s", error_line(error))
+            return []
+        return [path for path in found if path not in self._failed]
+
+    def _evaluate(self, snapshot: AnyPath) -> None:
+        step = int(snapshot.stem.removeprefix("step-"))
+        try:
+            told = self._evaluate_snapshot(load_tensors(snapshot), step, self._map_tasks)
         except Exception as error:  # whatever it is, the training is worth more
             if self._abandoned.is_set():
                 return

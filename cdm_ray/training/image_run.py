@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from cdm_ray.evaluation.launch import evaluation_folder
 from cdm_ray.evaluation.tasks import MapTasks
 from cdm_ray.initial_weights import initialise
 from cdm_ray.report import RESULTS_FILE, RunSummary
+from cdm_ray.storage import AnyPath, check_writable
 from cdm_ray.tracking import RunHandle, ui_command
 from cdm_ray.training.evaluations import (
     EvaluationsDuringTraining,
@@ -32,7 +32,7 @@ TOLD = ("fid_", "fd_", "cp_residual")
 """Beginnings of the metrics that the driver prints during training."""
 
 
-def run_images(config: ImageConfig) -> Path:
+def run_images(config: ImageConfig) -> AnyPath:
     """Train as configured, evaluate the averaged weights, record everything in MLflow.
 
     Returns the run's folder, which then holds the results. Continues the run of the same name. Ray
@@ -41,6 +41,7 @@ def run_images(config: ImageConfig) -> Path:
     """
     config = config.resolved()
     use_gpu = cluster.uses_gpu(config.ray)
+    check_writable(config.storage, "run.storage")
     manifest = ensure_prepared(config.data, cluster.map_tasks)
     check_matches(manifest, config)
     if (
@@ -98,14 +99,14 @@ def evaluate_step(
         config,
         weights,
         manifest,
-        cache_folder=Path(config.run.storage) / "reference",
+        cache_folder=config.storage / "reference",
         out_folder=evaluation_folder(config.run_folder, checkpoint_name(step)),
         map_tasks=map_tasks,
     )
 
 
 def _record(
-    tracking: RunHandle, step: int, evaluation: EvaluationResult, checkpoint: Path | None = None
+    tracking: RunHandle, step: int, evaluation: EvaluationResult, checkpoint: AnyPath | None = None
 ) -> None:
     """The last sample grids are figures too: under their long names people do not find them."""
     grids, figures = evaluation.grids, evaluation.figures

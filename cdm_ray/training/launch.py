@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray.train.torch
 
 from cdm_ray.checkpoint import CHECKPOINTS, Checkpoint, newest_checkpoint
-from cdm_ray.config import JobConfig, load_config, to_yaml
+from cdm_ray.cluster import ray_storage
+from cdm_ray.config import JobConfig, read_config, to_yaml
 from cdm_ray.errors import ConfigError, RunFailed
+from cdm_ray.storage import write_whole
 from cdm_ray.tracking import EndStatus, RunHandle, finish_run, open_run
 from cdm_ray.training.worker import Assignment, fatal_message
 
@@ -28,7 +29,7 @@ def tracked_run(config: JobConfig) -> Iterator[RunHandle]:
     claim_folder(config)
     tracking = open_run(
         config,
-        storage=Path(config.run.storage),
+        storage=config.storage,
         run_name=config.run_name,
         run_folder=config.run_folder,
     )
@@ -48,15 +49,14 @@ def claim_folder(config: JobConfig) -> None:
     folder = config.run_folder
     path = folder / CONFIG_FILE
     if path.is_file():
-        found = config.changed_from(load_config(type(config), str(path)))
+        found = config.changed_from(read_config(type(config), path))
         changed = [text for key, text in found.items() if key != config.length_field]
         if changed:
             raise ConfigError(
                 f"run.name={config.run_name}: {folder} holds a run with other settings "
                 f"({'; '.join(changed)}); choose another run.name"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_yaml(config))
+    write_whole(path, to_yaml(config).encode())
 
 
 def train(
@@ -79,6 +79,7 @@ def train(
     use_gpu = gpus_per_worker > 0
     if use_gpu:
         resources["GPU"] = gpus_per_worker
+    storage_path, storage_filesystem = ray_storage(config.run_folder / "ray")
     api: Any = ray.train  # typed as Train V1, while V2 is what runs
     trainer = api.torch.TorchTrainer(
         worker,
@@ -92,7 +93,8 @@ def train(
         run_config=api.RunConfig(
             # Ray resumes by this name; our own checkpoints decide where a run goes on instead.
             name=launch,
-            storage_path=str(config.run_folder / "ray"),
+            storage_path=storage_path,
+            storage_filesystem=storage_filesystem,
             failure_config=api.FailureConfig(max_failures=config.ray.max_failures),
             worker_runtime_env={"env_vars": {} if use_gpu else {"DS_ACCELERATOR": "cpu"}},
         ),

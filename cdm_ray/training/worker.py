@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -24,6 +23,7 @@ from cdm_ray.checkpoint import (
 )
 from cdm_ray.config import JobConfig, build_config, to_yaml
 from cdm_ray.errors import ConfigError, RunFailed
+from cdm_ray.storage import AnyPath, write_whole
 from cdm_ray.tracking import RunHandle, Tracker
 from cdm_ray.training.checkpoint import ExtraTensors, write_average, write_checkpoint
 from cdm_ray.training.engine import Engine
@@ -65,12 +65,12 @@ def run_worker(
         speed = train(config, assignment)
     except FATAL_ERRORS as error:
         told = {"launch": assignment.launch, "message": str(error)}
-        (config.run_folder / FATAL_FILE).write_text(json.dumps(told))
+        write_whole(config.run_folder / FATAL_FILE, json.dumps(told).encode())
         raise
     return {"speed": speed}
 
 
-def fatal_message(run_folder: Path, launch: str) -> str | None:
+def fatal_message(run_folder: AnyPath, launch: str) -> str | None:
     """What ended this launch of the run for good, if a worker has told it."""
     try:
         content = json.loads((run_folder / FATAL_FILE).read_text())
@@ -87,7 +87,7 @@ def precision(config: JobConfig, device: torch.device) -> Literal["fp32", "bf16"
     return config.train.precision
 
 
-def agree_on_checkpoint(root: Path) -> Checkpoint | None:
+def agree_on_checkpoint(root: AnyPath) -> Checkpoint | None:
     """The newest sound checkpoint as rank 0 sees it, for all ranks."""
     found = newest_checkpoint(root) if dist.get_rank() == 0 else None
     message: list[Checkpoint | None] = [found]

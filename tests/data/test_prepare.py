@@ -300,3 +300,9 @@ def test_greyscale_and_colour_are_what_was_asked_for(tmp_path):
         (folder / "1.png").write_bytes(sample["png"])
         with Image.open(folder / "1.png") as image:
             assert (image.mode, image.size) == (mode, (4, 4))
+
+
+def test_packing_into_a_url_is_refused():
+    config = DataConfig(path="s3://b/x", resolution=8, channels=1, source="digits")
+    with pytest.raises(ConfigError, match="data.path=s3://b/x: .*local folder"):
+        plan_packing(config)

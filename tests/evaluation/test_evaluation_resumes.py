@@ -11,6 +11,7 @@ from cdm_ray.evaluation import evaluate as module
 from cdm_ray.evaluation import work
 from cdm_ray.evaluation.generate import generate
 from cdm_ray.networks import build_network
+from cdm_ray.storage import path_of
 
 
 def config(path, **evaluation):
@@ -67,6 +68,7 @@ def _quick_figures(monkeypatch):
     """Drawing takes longer than everything else here together."""
 
     def drift_figures(drift, folder):
+        folder.mkdir(exist_ok=True)
         path = folder / "cp_residual.png"
         path.write_text(json.dumps(drift.curves()))
         return {"cp_residual": path}
@@ -76,13 +78,13 @@ def _quick_figures(monkeypatch):
 
 @pytest.fixture
 def call(dataset, weights, tmp_path):
-    def call(map_tasks, name="out", **evaluation):
+    def call(map_tasks, name="out", root=tmp_path, **evaluation):
         return module.evaluate(
             config(dataset.path, **evaluation),
             weights,
             dataset.manifest,
-            cache_folder=tmp_path / f"cache-{name}",
-            out_folder=tmp_path / name,
+            cache_folder=root / f"cache-{name}",
+            out_folder=root / name,
             map_tasks=map_tasks,
         )
 
@@ -126,6 +128,16 @@ def test_a_killed_evaluation_repeats_nothing_and_ends_with_the_same_bytes(call, 
     assert rest.done == whole.done[limit:]
     assert result.metrics == undisturbed.metrics
     assert contents(result) == contents(undisturbed)
+
+
+def test_at_a_url_it_continues_and_ends_with_the_same_bytes(call, memory):
+    with pytest.raises(KeyboardInterrupt):
+        call(Map(BEFORE + 12), root=path_of(memory))
+    rest = Map()
+    result = call(rest, root=path_of(memory))
+    assert len(rest.done) == TASKS + SCORES - 12
+    assert contents(result) == contents(call(Map(), "undisturbed"))
+    assert [path.name for path in result.folder.parent.iterdir()] == [result.folder.name]
 
 
 def test_killed_again_and_again_it_gets_there(call, made):

@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 from cdm_ray.errors import RunFailed
 from cdm_ray.evaluation.parts import DamagedPart, compute_parts, read_part, rows_of, write_part
+from cdm_ray.storage import path_of
 
 
 class Work:
@@ -50,6 +51,17 @@ def test_what_is_there_is_not_computed_again_and_the_user_is_told(tmp_path):
     compute_parts(work, range(4), tmp_path, telling, "numbers")
     assert work.items == [2]
     assert told == ["numbers (3 of 4 parts done before)"]
+
+
+def test_parts_may_lie_at_a_url(memory):
+    folder = path_of(f"{memory}/parts")
+    paths, work = compute(folder, Work()), Work()
+    assert read_part(paths[3])["extra"].tolist() == [3]
+    assert rows_of(paths[3], "value") == 4
+    paths[1].write_bytes(b"half")
+    paths[2].unlink()
+    assert compute(folder, work) == paths
+    assert work.items == [1, 2]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "flipped", "empty", "no digest"])

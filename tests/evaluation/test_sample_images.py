@@ -20,6 +20,7 @@ from cdm_ray.evaluation.sample_images import (
 )
 from cdm_ray.evaluation.work import load_network
 from cdm_ray.networks import build_network
+from cdm_ray.storage import path_of, write_whole
 
 
 def config(*, channels=1, classes=False, images=7, first=998, sampler=None, **evaluation):
@@ -181,3 +182,16 @@ def test_the_plan_names_seeds_sampler_and_cost(checkpoint, capsys):
     told = capsys.readouterr().out
     assert "7 from the seeds 998-1,004" in told
     assert "heun (ode), 5 network evaluations per image" in told
+
+
+def test_images_of_a_checkpoint_at_a_url_lie_beside_it(checkpoint, map_tasks, memory):
+    near = checkpoint(config())
+    folder = path_of(f"{memory}/run/checkpoints/step-00000012")
+    weights = (near.folder / "ema.safetensors").read_bytes()
+    write_whole(folder / "ema.safetensors", weights)
+    expected = sample_images(config(), near, map_tasks)
+    samples = sample_images(config(), Checkpoint(folder, near.state), map_tasks)
+    assert str(samples.folder.parents[1]) == f"{memory}/run"
+    assert samples.grid.read_bytes() == expected.grid.read_bytes()
+    png_path(samples.folder, 999).write_bytes(b"half")
+    assert sample_images(config(), Checkpoint(folder, near.state), map_tasks).made == 1

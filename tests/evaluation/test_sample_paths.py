@@ -23,6 +23,7 @@ from cdm_ray.errors import ConfigError, RunFailed
 from cdm_ray.evaluation.bridge_evaluation import truth_of
 from cdm_ray.evaluation.sample_images import SETTINGS_NAME
 from cdm_ray.evaluation.sample_paths import CHUNK, paths_file, print_plan, sample_paths
+from cdm_ray.storage import path_of
 from tests.checkpoints import make_checkpoint
 
 SIGMA = 0.7
@@ -236,3 +237,13 @@ def test_the_plan_refuses_weights_that_do_not_fit(tmp_path):
     checkpoint = checkpoint_of(config(), tmp_path)
     with pytest.raises(ConfigError, match="2 layers of 4 units"):
         print_plan(config(network={"depth": 2}), checkpoint)
+
+
+@pytest.mark.parametrize("form", ["npz", "parquet"])
+def test_paths_of_a_checkpoint_at_a_url_lie_beside_it(memory, tmp_path, form):
+    asked = config(eval={"format": form})
+    near = sample_paths(asked, checkpoint_of(asked, tmp_path)).file
+    far = sample_paths(asked, checkpoint_of(asked, path_of(memory))).file
+    assert str(far.parents[2]) == f"{memory}/run"
+    assert far.read_bytes() == near.read_bytes()
+    assert {path.name for path in far.parent.iterdir()} == {far.name, SETTINGS_NAME}

@@ -4,15 +4,18 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from cdm_ray.config import ImageConfig, TrackingConfig, flatten, load_config
-from cdm_ray.errors import ConfigError
+from cdm_ray.errors import ConfigError, redact
+from cdm_ray.storage import path_of, write_whole
 from cdm_ray.tracking import Tracker, finish_run, open_run, ui_command
-from cdm_ray.tracking.server import redact, resolve_uri
+from cdm_ray.tracking.runs import _artifact_location
+from cdm_ray.tracking.server import resolve_uri
 
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens
 
@@ -202,6 +205,45 @@ def test_credentials_and_the_environment_reach_neither_logs_nor_records(
 )
 def test_redaction_takes_credentials_and_nothing_else(text, shown):
     assert redact(text) == shown
+
+
+def test_a_run_at_a_url_needs_a_server_and_keeps_its_records_here(
+    client, memory, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    runs = path_of(f"{memory}/runs")
+
+    def open_it(*overrides):
+        config = load_config(ImageConfig, "digits", overrides)
+        return open_run(config, storage=runs, run_name="a", run_folder=runs / "a")
+
+    with pytest.raises(ConfigError, match=r"^run.storage=memory://.*set tracking.uri or MLFLOW_"):
+        open_it()
+    uri = f"tracking.uri={client.tracking_uri}"
+    handle = open_it(uri, "tracking.experiment=far")
+    assert handle.spool.is_relative_to(tmp_path)
+    assert handle.run_id in handle.spool.parts
+    database = Path(client.tracking_uri.removeprefix("sqlite:///"))
+    experiment = client.get_experiment_by_name("far")
+    assert experiment.artifact_location == (database.parent / "mlartifacts").as_uri()
+
+    Image.new("L", (300, 300)).save(tmp_path / "grid.png")
+    write_whole(runs / "a" / "grid.png", (tmp_path / "grid.png").read_bytes())
+    tracker = Tracker(handle)
+    tracker.log_figure(runs / "a" / "grid.png")
+    tracker.log_image(runs / "a" / "grid.png", "samples", 1)
+    assert tracker.close(30)
+    names = [a.path for a in client.list_artifacts(handle.run_id, "figures")]
+    assert names == ["figures/grid.png"]
+    assert len(client.list_artifacts(handle.run_id, "images")) == 2
+    assert open_it(uri, "tracking.experiment=far") == handle  # remembered at the URL
+
+
+def test_files_of_a_new_experiment_have_to_belong_somewhere(memory):
+    runs = path_of(memory)
+    assert _artifact_location("http://tracking:5000", "far", runs) is None
+    with pytest.raises(ConfigError, match=r"--artifact-location"):
+        _artifact_location("postgresql://db/x", "far", runs)
 
 
 @pytest.mark.parametrize(

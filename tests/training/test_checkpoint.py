@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from upath import UPath
 
 from cdm_ray import checkpoint as module
 from cdm_ray.checkpoint import (
@@ -17,14 +18,21 @@ from cdm_ray.checkpoint import (
     CheckpointError,
     TrainingState,
     newest_checkpoint,
+    remove_checkpoint,
 )
-from cdm_ray.config import OptimizerConfig
+from cdm_ray.config import ImageConfig, OptimizerConfig, load_config
+from cdm_ray.storage import path_of
 from cdm_ray.training.checkpoint import write_average, write_checkpoint
 from cdm_ray.training.engine import Engine
+from tests.checkpoints import make_checkpoint
 from tests.distributed import run_workers
 
 
 def write_three(rank, world, root, stage):
+    """Three checkpoints, in a folder where killed writes have left something."""
+    for step in (3, 9) if rank == 0 else ():
+        (root / f"step-{step:08d}").mkdir(parents=True)
+        (root / f"step-{step:08d}" / "replay-0000.safetensors").write_bytes(b"half")
     network = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5))
     engine = Engine(network, OptimizerConfig(), zero_stage=stage, precision="fp32", micro_steps=1)
     for step in range(1, 4):
@@ -32,15 +40,19 @@ def write_three(rank, world, root, stage):
         engine.step(lr=1e-2, ema_beta=0.5)
         state = TrainingState(step, 2 * step, step)
         write_checkpoint(root, engine, state, "recipe: digits\n", keep_last=2)
-    write_average(root.with_name(f"{root.name}-average") / "ema.safetensors", engine)
+    write_average(root.parent / f"{root.name}-average" / "ema.safetensors", engine)
     return {kind: {name: tensor.clone() for name, tensor in engine.gather(kind)} for kind in KINDS}
 
 
-@pytest.fixture(scope="module", params=[(1, 0), (2, 1), (2, 3)], ids=["1xZ0", "2xZ1", "2xZ3"])
+@pytest.fixture(
+    scope="module",
+    params=[(1, 0, Path), (2, 1, lambda root: UPath(f"file://{root}")), (2, 3, Path)],
+    ids=["1xZ0", "2xZ1 at a URL", "2xZ3"],
+)
 def written(request, tmp_path_factory):
-    world, stage = request.param
+    world, stage, path = request.param
     root = tmp_path_factory.mktemp("checkpoints")
-    return root, run_workers(write_three, world, root, stage)[0]
+    return root, run_workers(write_three, world, path(root), stage)[0]
 
 
 @pytest.fixture
@@ -127,6 +139,31 @@ def test_damaged_state_is_refused(root, change):
 def test_unfinished_write_is_no_checkpoint(root):
     (root / "step-00000003").rename(root / ".step-00000003.tmp")
     assert newest_checkpoint(root).state.step == 2
+
+
+def test_a_half_removed_checkpoint_is_never_sound(memory, monkeypatch):
+    """On a store that has no folders, files go one by one."""
+    config = load_config(ImageConfig, "digits")
+    for step in (1, 2):
+        make_checkpoint(path_of(f"{memory}/run"), config, {"w": torch.ones(2)}, step=step)
+    root = path_of(f"{memory}/run/checkpoints")
+    assert newest_checkpoint(root).state.step == 2
+    monkeypatch.setattr(module, "remove_folder", lambda folder: None)  # killed before that
+    remove_checkpoint(root / "step-00000002")
+    assert (root / "step-00000002" / "ema.safetensors").exists()
+    assert newest_checkpoint(root).state.step == 1
+    monkeypatch.undo()
+    remove_checkpoint(root / "step-00000002")
+    assert not (root / "step-00000002").exists()
+
+
+def test_files_at_a_url_are_verified(memory):
+    run = path_of(f"{memory}/run")
+    checkpoint = make_checkpoint(run, load_config(ImageConfig, "digits"), {"w": torch.ones(2)})
+    assert torch.equal(checkpoint.tensors("ema")["w"], torch.ones(2))
+    (checkpoint.folder / "ema.safetensors").write_bytes(b"something else")
+    with pytest.raises(CheckpointError, match=r"run/checkpoints/step-00000007/ema.safetensors"):
+        Checkpoint.open(checkpoint.folder)
 
 
 def test_nothing_sound_means_none(tmp_path):

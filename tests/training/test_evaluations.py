@@ -11,7 +11,6 @@ from cdm_ray.cluster import TaskResources
 from cdm_ray.config import ImageConfig, load_config
 from cdm_ray.training import evaluations
 from cdm_ray.training.evaluations import (
-    SNAPSHOT,
     EvaluationsDuringTraining,
     resources_beside_training,
     snapshot_path,
@@ -64,7 +63,7 @@ class Stage:
 
 def leave_snapshot(config, step):
     path = snapshot_path(config, step)
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_file({"w": torch.tensor([float(step)])}, path)
 
 
@@ -79,7 +78,7 @@ def test_every_snapshot_is_evaluated_in_order_and_removed(tmp_path, stage):
         leave_snapshot(config, 110)
         leave_snapshot(config, 165)
     assert list(stage.recorded.items()) == [(55, 55.0), (110, 110.0), (165, 165.0)]
-    assert not list(config.run_folder.rglob(SNAPSHOT))
+    assert not list(snapshot_path(config, 55).parent.iterdir())
 
 
 def test_training_does_not_wait_for_an_evaluation(tmp_path, stage):

@@ -3,23 +3,28 @@ nothing of what was learned; no cluster is started."""
 
 import pytest
 
-from cdm_ray.config import BridgeConfig, ImageConfig, load_config
+from cdm_ray.cluster import ray_storage
+from cdm_ray.config import BridgeConfig, ImageConfig, load_config, read_config
 from cdm_ray.errors import ConfigError
+from cdm_ray.storage import path_of
 from cdm_ray.training.launch import CONFIG_FILE, claim_folder
 
 CONSTANT = "optimizer.schedule=constant"
 RECIPES = {BridgeConfig: "double-well-3", ImageConfig: "digits"}
 
 
-@pytest.fixture
-def claim(tmp_path):
+@pytest.fixture(params=["local", "memory"])
+def claim(request, tmp_path, memory):
     """Claims the folder of the run `same`; returns its configuration as it was written there."""
+    storage = str(tmp_path / "runs") if request.param == "local" else f"{memory}/runs"
 
     def claim(kind, *overrides):
-        given = [f"run.storage={tmp_path}", "run.name=same", *overrides]
-        config = load_config(kind, RECIPES[kind], given)
-        claim_folder(config.resolved())
-        return load_config(kind, str(tmp_path / "same" / CONFIG_FILE))
+        given = [f"run.storage={storage}", "run.name=same", *overrides]
+        config = load_config(kind, RECIPES[kind], given).resolved()
+        claim_folder(config)
+        assert [path.name for path in config.storage.iterdir()] == ["same"]
+        assert [path.name for path in config.run_folder.iterdir()] == [CONFIG_FILE]
+        return read_config(kind, config.run_folder / CONFIG_FILE)
 
     return claim
 
@@ -60,3 +65,13 @@ def test_a_longer_run_is_refused_for_whatever_else_is_learned_otherwise(claim):
 def test_images_are_trained_to_another_length_too(claim):
     claim(ImageConfig, "train.images=1000")
     assert claim(ImageConfig, "train.images=2000").train.images == 2000
+
+
+def test_ray_gets_a_url_as_a_file_system_and_a_path_in_it(memory, tmp_path):
+    assert ray_storage(tmp_path) == (str(tmp_path), None)
+    path, system = ray_storage(path_of(f"{memory}/runs/ray"))
+    assert f"memory:/{path}" == f"{memory}/runs/ray"
+    system.create_dir(path)
+    with system.open_output_stream(f"{path}/state.json") as file:
+        file.write(b"{}")
+    assert path_of(f"{memory}/runs/ray/state.json").read_bytes() == b"{}"
