@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart bridge ui test lint format clean
+.PHONY: quickstart bridge sweep ui test lint format clean
 
 quickstart: .venv/installed
 	$(BIN)/python jobs/compare.py digits
 
 bridge: .venv/installed
 	$(BIN)/python jobs/train_bridge.py double-well-3
+
+sweep: .venv/installed
+	$(BIN)/python sweeps/tune_cp_weight.py
 
 ui: .venv/installed
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port 5000
@@ -20,7 +23,7 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy --explicit-package-bases benchmarks/gpu_step.py benchmarks/gpu benchmarks/bridges.py benchmarks/bridge_step.py jobs
+	$(BIN)/mypy --explicit-package-bases benchmarks/gpu_step.py benchmarks/gpu benchmarks/bridges.py benchmarks/bridge_step.py jobs sweeps
 	$(BIN)/lint-imports
 
 format: .venv/installed

@@ -175,7 +175,7 @@ def measuring_worker(options: dict[str, Any]) -> dict[str, Any]:
     }
     path = config.run_folder / "speeds.json"
     path.write_text(json.dumps(speeds))
-    return {"speed": None}
+    return {"pace": None}
 
 
 def alternate(

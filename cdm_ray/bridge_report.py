@@ -19,8 +19,6 @@ class BridgeSummary(Summary):
     """`results.json` of a finished bridge."""
 
     iterations: int
-    path_steps_per_second: float | None
-    """Median while training; None if it was not measured."""
 
 
 def print_plan(config: BridgeConfig) -> None:
@@ -41,8 +39,8 @@ def print_results(folder: AnyPath) -> None:
     """Table of the metrics, then the checkpoint and figures, and how to open the UI."""
     summary = BridgeSummary.load(folder)
     print_metrics(f"{summary.run} after {summary.iterations:,} iterations", summary.metrics)
-    if summary.path_steps_per_second is not None:
-        print(f"speed       {summary.path_steps_per_second:,.0f} path steps per second")
+    if summary.speed is not None:
+        print(f"speed       {summary.speed:,.0f} path steps per second")
     print(f"checkpoint  {summary.checkpoint}")
     for name, path in summary.figures.items():
         print(f"{name:10}  {path}")

@@ -28,13 +28,14 @@ LOCAL_OBJECT_STORE_BYTES = 200 * 2**20
 
 
 @contextmanager
-def connected(config: RayConfig) -> Iterator[None]:
+def connected(config: RayConfig, *, show_logs: bool = True) -> Iterator[None]:
     """Join the cluster of `ray.address` or RAY_ADDRESS, else start a local one; leave it after.
 
-    Raises ConfigError when an address is given and nothing answers there.
+    `show_logs`: print what the workers print. Raises ConfigError when an address is given and
+    nothing answers there.
     """
     address = config.address or os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"log_to_driver": True, "logging_level": "WARNING"}
+    options: dict[str, Any] = {"log_to_driver": show_logs, "logging_level": "WARNING"}
     if address:
         try:
             _knock(address)
@@ -72,6 +73,7 @@ def _quiet_local_defaults() -> None:
         "RAY_AUTH_MODE": "disabled",  # loopback only; a token would outlive the job in $HOME
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or every line of a worker arrives twice
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # default 2 s delays start and end
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for each run; nobody preempts this
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_TMPDIR": tempfile.gettempdir(),
     }.items():
@@ -91,16 +93,43 @@ def gpus_in_cluster() -> float:
 
 
 def uses_gpu(config: RayConfig) -> bool:
-    """Whether workers get a GPU each; raises ConfigError when they cannot."""
-    available = gpus_in_cluster()
+    """Whether workers get GPUs; raises ConfigError when they cannot."""
+    available, needed = gpus_in_cluster(), config.workers * config.gpus_per_worker
     if config.use_gpu == "auto":
-        return available >= config.workers
-    if config.use_gpu and available < config.workers:
+        return available >= needed
+    if config.use_gpu and available < needed:
         raise ConfigError(
-            f"ray.use_gpu=true needs ray.workers={config.workers} GPUs, the cluster has "
-            f"{available:g}; use fewer workers or ray.use_gpu=false"
+            f"ray.use_gpu=true needs {needed:g} GPUs for ray.workers={config.workers}, the cluster "
+            f"has {available:g}; use fewer workers or ray.use_gpu=false"
         )
     return config.use_gpu
+
+
+def room_for_workers(config: RayConfig) -> int:
+    """Workers that fit on the nodes of the cluster, each on one node, if nothing else runs."""
+    gpus = config.gpus_per_worker if uses_gpu(config) else 0.0
+    room = 0
+    for node in _alive_nodes():
+        fits = int(node.get("CPU", 0.0) / config.cpus_per_worker)
+        room += min(fits, int(node.get("GPU", 0.0) / gpus)) if gpus else fits
+    return room
+
+
+def room_told() -> str:
+    """What the nodes have, for people."""
+    nodes = _alive_nodes()
+    cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
+    return f"{len(nodes)} node(s) with {cpus:g} CPUs and {gpus:g} GPUs together"
+
+
+def devices(config: RayConfig) -> float:
+    """What a second of a run's workers counts as: their GPUs, or without any their CPUs."""
+    each = config.gpus_per_worker if uses_gpu(config) else config.cpus_per_worker
+    return config.workers * each
+
+
+def _alive_nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 @dataclass(frozen=True)
@@ -134,7 +163,13 @@ def map_tasks(
     """
     shared = ray.put(function)
     # max_calls=0: by default Ray starts a process for each task that has a GPU.
-    remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_calls=0)
+    # DEFAULT: a trial of a sweep has a placement group, which its tasks would have to fit into.
+    remote = ray.remote(
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus,
+        max_calls=0,
+        scheduling_strategy="DEFAULT",
+    )
     task: Any = remote(_call)
     waiting = list(enumerate(items))[::-1]
     running: dict[ray.ObjectRef, int] = {}

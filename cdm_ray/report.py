@@ -31,6 +31,10 @@ class Summary:
     checkpoint: str
     figures: dict[str, str]
     ui_command: str
+    speed: float | None
+    """Images or path steps per second of training, the median; None if it was not measured."""
+    training_seconds: float | None
+    """That its steps take at this speed."""
 
     @classmethod
     def load(cls, folder: AnyPath) -> Self:
@@ -40,14 +44,20 @@ class Summary:
         write_whole(folder / RESULTS_FILE, json.dumps(vars(self), indent=1).encode())
 
 
+def pace_before(folder: AnyPath) -> tuple[float | None, float | None]:
+    """Speed and training seconds of a run that is evaluated again, not trained; if known."""
+    if not (folder / RESULTS_FILE).is_file():
+        return None, None
+    content = json.loads((folder / RESULTS_FILE).read_text())
+    return content["speed"], content["training_seconds"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSummary(Summary):
     """Of an image run."""
 
     cp_weight: float
     images: int
-    images_per_second: float | None
-    """Median while training; None if it was not measured."""
     grids: dict[str, str]
 
 
@@ -119,6 +129,5 @@ def _row(summary: RunSummary) -> dict[str, str]:
         if re.fullmatch(r"(fid|fd_\w+)_(ode|sde)", name):
             row[f"{name} (n={count:,})"] = f"{value:.3f}"
     row["CP residual"] = f"{metrics['cp_residual']:.2e} ± {metrics['cp_residual_se']:.0e}"
-    speed = summary.images_per_second
-    row["images/s"] = "-" if speed is None else f"{speed:,.0f}"
+    row["images/s"] = "-" if summary.speed is None else f"{summary.speed:,.0f}"
     return row

@@ -194,6 +194,16 @@ def staging(folder: AnyPath) -> AnyPath:
     return folder
 
 
+def copy_folder(source: AnyPath, folder: AnyPath) -> None:
+    """Copy a folder that holds files alone."""
+    staged = staging(folder)
+    remove_folder(staged)
+    for file in list_folder(source):
+        with local_file(file) as local, whole_file(staged / file.name) as copy:
+            shutil.copyfile(local, copy)
+    publish(folder)
+
+
 def publish(folder: AnyPath) -> None:
     """Make what was written into `staging(folder)` durable, then visible under its name, in the
     place of what was there."""

@@ -293,6 +293,9 @@ class BridgeConfig(JobConfig):
     def first_step(self, count: int) -> int:
         return count * self.train.inner_steps
 
+    def count_at(self, step: int) -> int:
+        return step // self.train.inner_steps
+
     @property
     def checkpoint_steps(self) -> int:
         return self.checkpoint.every_iterations * self.train.inner_steps

@@ -10,7 +10,7 @@ from functools import cached_property
 from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from cdm_ray.config.base import Positive, Section
 from cdm_ray.config.loading import build_config, flatten, set_field
@@ -76,8 +76,20 @@ class RayConfig(Section):
     """One GPU per worker; auto: if the cluster has any."""
     cpus_per_worker: Positive = 1
     """CPUs reserved for each worker."""
+    gpus_per_worker: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """GPU share of each worker, where it uses any; a part lets several runs of one worker share a
+    GPU, as trials of a sweep may."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Restarts from the newest checkpoint after a worker or node is lost."""
+
+    @model_validator(mode="after")
+    def _gpus(self) -> Self:
+        if self.gpus_per_worker < 1 and self.workers > 1:
+            raise ValueError(
+                f"gpus_per_worker={self.gpus_per_worker:g} with workers={self.workers}: NCCL needs "
+                "a GPU for each worker of a run; use workers=1, or gpus_per_worker=1"
+            )
+        return self
 
 
 class TrackingConfig(Section):
@@ -136,6 +148,10 @@ class JobConfig(Section):
     @abstractmethod
     def first_step(self, count: int) -> int:
         """The first optimizer step that begins after so much of the run, counted as `LENGTH` is."""
+
+    @abstractmethod
+    def count_at(self, step: int) -> int:
+        """How much of the run lies before an optimizer step, counted as `LENGTH` is."""
 
     @property
     @abstractmethod

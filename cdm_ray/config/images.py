@@ -199,7 +199,7 @@ class EvalConfig(Section):
     size and number of workers. EDM reports the minimum over [0, 50000, 100000]."""
     batch: PositiveCount = 256
     """Images generated at once."""
-    every_kimg: PositiveCount | None = None
+    every_kimg: Positive | None = None
     """Thousands of training images between two evaluations during training, which does not wait
     for them; None: only at the end."""
     extractor: Literal["digits", "inception"] = "inception"
@@ -296,6 +296,9 @@ class ImageConfig(JobConfig):
 
     def first_step(self, count: int) -> int:
         return math.ceil(count / self.train.batch)
+
+    def count_at(self, step: int) -> int:
+        return step * self.train.batch
 
     @property
     def checkpoint_steps(self) -> int:

@@ -36,7 +36,7 @@ from pydantic import (
 from cdm_ray.config.axes import Axis, as_number, text_of
 from cdm_ray.config.base import Fraction, PositiveCount, Section
 from cdm_ray.config.bridges import BridgeConfig
-from cdm_ray.config.common import JobConfig
+from cdm_ray.config.common import JobConfig, TrackingConfig
 from cdm_ray.config.images import ImageConfig
 from cdm_ray.config.loading import build_config, describe, flatten, load_config
 from cdm_ray.errors import ConfigError
@@ -70,14 +70,15 @@ class SweepConfig(Section):
     baseline: dict[str, Any] = {}
     """Fields of the trial that the others are compared with, over the recipe and `set`."""
     search: Literal["grid", "random", "optuna"] = "random"
-    """grid: all combinations of choices; random: independent draws; optuna: draws guided by the
-    trials before (TPE)."""
+    """grid: all combinations of choices; random: draws that fill the space evenly; optuna: draws
+    guided by the trials before (TPE)."""
     trials: PositiveCount = 8
     """Different settings, the baseline among them; a grid has all of its own."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the draws."""
-    scheduler: Literal["none", "asha"] = "none"
-    """asha: trials that are behind the others at a rung end there."""
+    scheduler: Literal["none", "asha", "pbt"] = "none"
+    """asha: trials that are behind the others at a rung end there. pbt: they go on from the
+    checkpoint of one that is ahead, with other values of the axes, so that schedules are found."""
     rungs: Annotated[int, Field(ge=1)] = 3
     """Evaluations of a whole run, that at its end included."""
     grace: Fraction = 0.4
@@ -107,6 +108,11 @@ class SweepConfig(Section):
     def base(self) -> JobConfig:
         """Recipe and `set`: what all trials start from."""
         return load_config(self.root, self.recipe, as_overrides(self.set))
+
+    @property
+    def tracking(self) -> TrackingConfig:
+        """Where the sweep and its trials are recorded."""
+        return self.base.tracking
 
     @cached_property
     def order(self) -> tuple[str, ...]:
@@ -153,12 +159,19 @@ class SweepConfig(Section):
             raise ValueError(
                 f"metric={self.metric!r}: give the plain name of a metric, e.g. fd_digits_ode"
             )
-        if self.scheduler == "asha" and self.rungs < 2:
+        if self.scheduler != "none" and self.rungs < 2:
             raise ValueError(
-                f"scheduler=asha ends trials between evaluations, of which rungs={self.rungs} "
-                "leaves none; use rungs=2 or more"
+                f"scheduler={self.scheduler} compares trials between evaluations, of which "
+                f"rungs={self.rungs} leaves none; use rungs=2 or more"
+            )
+        if self.search == "optuna" and self.seeds > 1:
+            raise ValueError(
+                f"search=optuna chooses by single runs, given seeds={self.seeds}; repeat the best "
+                "settings in the end instead: seeds=1 and e.g. top=3 and repeats=4"
             )
         self._check_fields()
+        if self.scheduler == "pbt":
+            self._check_population()
         self._check_conditions()
         if self.search == "grid":
             for key, axis in self.axes.items():
@@ -192,6 +205,25 @@ class SweepConfig(Section):
                         "learns; trials cannot be compared by it: leave it out, or give it in set"
                     )
         self._try(self.baseline, "baseline")
+
+    def _check_population(self) -> None:
+        """What population-based training needs: axes that a run can change on its way."""
+        if self.search == "optuna" or self.seeds > 1:
+            raise ConfigError(
+                f"scheduler=pbt with search={self.search} and seeds={self.seeds}: a population "
+                "starts from a grid or random settings, one run of each; repeat the best schedule "
+                "in the end with top and repeats"
+            )
+        for key, axis in self.axes.items():
+            if not key.startswith(self.root.CHANGEABLE):
+                raise ConfigError(
+                    f"axes.{key}: cannot change on the way of a run, as scheduler=pbt needs; use "
+                    f"{', '.join(self.root.CHANGEABLE)}"
+                )
+            if axis.when:
+                raise ConfigError(f"axes.{key}: scheduler=pbt has no conditions; leave out `when`")
+            if axis.kind == "choice" and len(axis.values) < 2:
+                raise ConfigError(f"axes.{key}: scheduler=pbt needs two or more choices")
 
     def _check_known(self, where: str, key: str) -> None:
         root, known = self.root, [name for name, _, _ in describe(self.root)]

@@ -20,7 +20,12 @@ from cdm_ray.evaluation.grid_truth import solve
 from cdm_ray.evaluation.results import RESULTS_NAME
 from cdm_ray.evaluation.tasks import MapTasks
 from cdm_ray.processes.bridge import Bridge
-from cdm_ray.processes.references import Brownian, CoxIngersollRoss, OrnsteinUhlenbeck
+from cdm_ray.processes.references import (
+    Brownian,
+    CoxIngersollRoss,
+    OrnsteinUhlenbeck,
+    ReferenceProcess,
+)
 from cdm_ray.processes.simulation import Paths
 from cdm_ray.storage import AnyPath, matching, write_whole
 
@@ -86,6 +91,11 @@ def truth_of(config: BridgeConfig, bridge: Bridge, cache_folder: AnyPath) -> Tru
         return None
     grid = Grid(**config.eval.grid.model_dump())
     return solve(process, bridge.start, bridge.end, bridge.duration, grid, cache_folder)
+
+
+def has_closed_form(process: ReferenceProcess) -> bool:
+    """Whether `truth_of` needs no grid."""
+    return isinstance(process, (Brownian, OrnsteinUhlenbeck, CoxIngersollRoss))
 
 
 def float32(bridge: Bridge) -> Bridge:

@@ -25,6 +25,8 @@ from cdm_ray.errors import ConfigError
 DIGITS_FILE = Path(__file__).parent / "assets" / "digits_features.safetensors"
 DIGITS_DIM = 64
 INCEPTION_DIM = 2048
+FEATURE_DIMS = {"digits": DIGITS_DIM, "inception": INCEPTION_DIM}
+"""Of each `eval.extractor`."""
 _INCEPTION_HINT = "name the TorchScript Inception file (inception-2015-12-05.pt)"
 
 

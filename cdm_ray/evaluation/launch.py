@@ -7,7 +7,7 @@ from cdm_ray.config import ImageConfig
 from cdm_ray.data.manifest import check_matches
 from cdm_ray.data.prepare import ensure_prepared
 from cdm_ray.evaluation.evaluate import evaluate
-from cdm_ray.evaluation.features import DIGITS_DIM, INCEPTION_DIM
+from cdm_ray.evaluation.features import FEATURE_DIMS
 from cdm_ray.evaluation.generate import KINDS, num_evaluations
 from cdm_ray.evaluation.plan import plan
 from cdm_ray.evaluation.results import EvaluationResult
@@ -48,7 +48,7 @@ def evaluate_checkpoint(
 def print_plan(config: ImageConfig, checkpoint: Checkpoint) -> None:
     """What `evaluate_checkpoint` would do, if nothing of it is finished."""
     evaluation, seeds = config.eval, config.eval.first_seeds
-    dim = {"digits": DIGITS_DIM, "inception": INCEPTION_DIM}[evaluation.extractor]
+    dim = FEATURE_DIMS[evaluation.extractor]
     images = evaluation.images * len(seeds)
     evaluations = {kind: images * num_evaluations(config.sampler, kind) for kind in KINDS}
     each = ", ".join(f"{num_evaluations(config.sampler, kind)} ({kind})" for kind in KINDS)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from textwrap import wrap
 from typing import Any, NamedTuple
 
@@ -24,9 +23,11 @@ from numpy.typing import NDArray
 
 from cdm_ray.evaluation.figures import BLUE, GREEN, GREY, ORANGE
 from cdm_ray.evaluation.plotting import TITLE_LEFT, new_figure, save_figure, style_axes
+from cdm_ray.storage import AnyPath
 from cdm_ray.sweep.importance import FEWEST_TRIALS, Importance
 from cdm_ray.sweep.intervals import show_number
 from cdm_ray.sweep.scales import DECADE, Scale, bins_of, decades, distinct, scale_of
+from cdm_ray.sweep.schedules import schedule_figures
 from cdm_ray.sweep.settings import Setting, is_number, show_setting, show_value, value_key
 from cdm_ray.sweep.summary import Mode, Row, Summary
 
@@ -38,19 +39,21 @@ _WIDE_RANGE = 30.0
 _BEST_IS_DEEP = LinearSegmentedColormap.from_list("best is deep", [BLUE, "#f4f8fb"])
 
 
-def sweep_figures(summary: Summary, folder: Path) -> dict[str, Path]:
+def sweep_figures(summary: Summary, folder: AnyPath) -> dict[str, AnyPath]:
     """Write the figures into the folder: `metric_AXIS` for every axis, `heat_AXIS_AXIS` for pairs
-    of them, `cost` and `importance`. None of them without a finished trial; axes that do not vary
-    are left out."""
+    of them, `cost`, `importance`, and after population-based training `schedule_AXIS`. None of them
+    without a finished trial; axes that do not vary are left out."""
     if summary.best is None:
         return {}
     varying = [axis for axis in summary.axes if len(distinct(summary.rows, axis)) > 1]
     figures = {f"metric_{axis}": metric_figure(summary, axis) for axis in varying}
     for pair in itertools.combinations(varying[:HEAT_AXES], 2):
         figures[f"heat_{pair[0]}_{pair[1]}"] = heat_figure(summary, *pair)
-    figures["cost"] = cost_figure(summary)
+    if summary.front:
+        figures["cost"] = cost_figure(summary)
     if summary.axes:
         figures["importance"] = importance_figure(summary)
+    figures |= schedule_figures(summary)
     paths = {name: folder / f"{name}.png" for name in figures}
     for name, figure in figures.items():
         save_figure(figure, paths[name])
@@ -148,8 +151,7 @@ def _show_scale(axes: Axes, scale: Scale) -> None:
 
 def _metric_scale(axes: Axes, summary: Summary, rows: Sequence[Row]) -> bool:
     """Label and scale of the metric; whether it is a log scale, for results of all sizes."""
-    better = "lower" if summary.mode == "min" else "higher"
-    axes.set_ylabel(f"{summary.metric} ({better} is better)")
+    axes.set_ylabel(summary.label)
     values = [value for row in rows for value in row.values.values()]
     if not values or min(values) <= 0 or max(values) < _WIDE_RANGE * min(values):
         return False
@@ -248,9 +250,8 @@ def heat_figure(summary: Summary, across: str, up: str) -> Figure:
     axes.set(xlabel=across, ylabel=up)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    better = "lower" if summary.mode == "min" else "higher"
     if known:
-        figure.colorbar(image, ax=axes, label=f"{summary.metric} ({better} is better)")
+        figure.colorbar(image, ax=axes, label=summary.label)
     base = summary.baseline
     beside = f"\nBaseline: {base.interval}" if base is not None and base.interval else ""
     figure.suptitle(f"Mean over n trials; deeper is better.{beside}", **TITLE_LEFT)
@@ -267,9 +268,9 @@ def cost_figure(summary: Summary) -> Figure:
     names = _names(front)
     figure = new_figure(7.6, 4.2 + 0.19 * names.count("\n"))
     axes = figure.add_subplot()
-    rows = [row for row in summary.rows if row.values]
+    rows = [row for row in summary.rows if row.device_seconds is not None]
+    costs = [row.device_seconds for row in rows if row.device_seconds is not None]
     log_metric = _metric_scale(axes, summary, rows)
-    costs = [row.device_seconds or 0.0 for row in rows]
     for row, cost in reversed(list(zip(rows, costs, strict=True))):  # the best is on top
         _draw_interval(axes, summary, row, cost, log_metric)
     axes.step(
@@ -288,7 +289,7 @@ def cost_figure(summary: Summary) -> Figure:
     if costs and min(costs) > 0 and max(costs) >= DECADE * min(costs):
         _show_scale(axes, Scale({}, True, decades(min(costs), max(costs)), None))
     axes.margins(x=0.08, y=0.1)
-    axes.set_xlabel("device-seconds of a whole run\n\n" + names, loc="left")
+    axes.set_xlabel("device-seconds of the training steps of a run\n\n" + names, loc="left")
     style_axes(axes)
     figure.suptitle("What does quality cost? Numbered: the Pareto front", **TITLE_LEFT)
     _legend(figure, summary, rows, line="none")

@@ -11,6 +11,10 @@ Setting = Mapping[str, Any]
 """Field of the configuration, such as cp.weight, to its value."""
 
 
+SCHEDULE = "schedule"
+"""Field of the changes on the way, which a member of a population has beside its axes."""
+
+
 def setting_key(setting: Setting) -> str:
     """Equal for equal settings, in any order; 1 equals 1.0, and not true."""
     plain = {name: float(v) if is_number(v) else v for name, v in setting.items()}
@@ -29,6 +33,8 @@ def is_number(value: Any) -> bool:
 def show_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, list) and all(isinstance(part, dict) for part in value):  # a schedule
+        return "; ".join(f"from {part['after']}: {show_setting(part['set'])}" for part in value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -10,16 +10,20 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from scipy.stats import qmc
 
 from cdm_ray.config import Axis, JobConfig, SweepConfig, load_config
 from cdm_ray.config.axes import text_of
 from cdm_ray.config.sweeps import as_overrides, overlay
 from cdm_ray.errors import ConfigError
+from cdm_ray.sweep.settings import setting_key
 
 J = TypeVar("J", bound=JobConfig)
 
 Setting = dict[str, Any]
 
+REDRAWN = 0.25
+"""Share of the values that population-based training draws anew."""
 _DRAWS_PER_TRIAL = 100  # a small space may not have as many settings as there are trials
 
 
@@ -77,6 +81,34 @@ def trial_name(setting: Mapping[str, Any]) -> str:
     return ",".join(f"{key}={text_of(setting[key])}" for key in sorted(setting)) or "recipe"
 
 
+def mutated(sweep: SweepConfig, setting: Mapping[str, Any], rng: np.random.Generator) -> Setting:
+    """Other values of the axes near a setting's, as population-based training tries them.
+
+    A quarter of them is drawn anew; the others go to the choice beside theirs, or up or down: by a
+    fifth, of a `uniform` axis by a tenth of its range. Never the same setting.
+    """
+    while True:
+        found = {key: _near(sweep.axes[key], value, rng) for key, value in setting.items()}
+        if setting_key(found) != setting_key(setting):
+            return found
+
+
+def _near(axis: Axis, value: Any, rng: np.random.Generator) -> Any:
+    if rng.random() < REDRAWN:
+        return _value_at(axis, rng.random())
+    up = rng.random() < 0.5
+    if axis.kind == "choice":
+        place = axis.values.index(value) + (1 if up else -1)
+        return axis.values[min(max(place, 0), len(axis.values) - 1)]
+    low, high = axis.values
+    if axis.kind == "int":
+        step = max(1, round(0.2 * abs(value)))
+        return int(min(max(value + (step if up else -step), low), high))
+    if axis.kind == "uniform":
+        return _rounded(value + (0.1 if up else -0.1) * (high - low), axis)
+    return _rounded(value * (1.2 if up else 0.8), axis)
+
+
 def _different(
     sweep: SweepConfig, candidates: Iterable[Setting], limit: int | None
 ) -> list[Setting]:
@@ -101,9 +133,15 @@ def _different(
 
 
 def _draws(sweep: SweepConfig) -> Iterator[Setting]:
-    rng = np.random.default_rng(sweep.seed)
+    """A scrambled Halton sequence: few draws fill the space more evenly than independent ones."""
+    points = qmc.Halton(d=len(sweep.order), rng=sweep.seed)
     for _ in range(_DRAWS_PER_TRIAL * sweep.trials):
-        yield _pick(sweep, lambda _, axis: _draw(axis, rng))
+        place = dict(zip(sweep.order, points.random()[0].tolist(), strict=True))
+        yield _pick(sweep, partial(_value_in, place))
+
+
+def _value_in(place: Mapping[str, float], key: str, axis: Axis) -> Any:
+    return _value_at(axis, place[key])
 
 
 def _pick(sweep: SweepConfig, value_of: Callable[[str, Axis], Any]) -> Setting:
@@ -115,15 +153,16 @@ def _pick(sweep: SweepConfig, value_of: Callable[[str, Axis], Any]) -> Setting:
     return {key: setting[key] for key in sweep.axes if key in setting}
 
 
-def _draw(axis: Axis, rng: np.random.Generator) -> Any:
+def _value_at(axis: Axis, share: float) -> Any:
+    """The value below which a share in [0, 1) of the axis's distribution lies."""
     if axis.kind == "choice":
-        return axis.values[int(rng.integers(len(axis.values)))]
+        return axis.values[int(share * len(axis.values))]
     low, high = axis.values
     if axis.kind == "int":
-        return int(rng.integers(low, high, endpoint=True))
+        return low + int(share * (high - low + 1))
     if axis.kind == "uniform":
-        return _rounded(float(rng.uniform(low, high)), axis)
-    return _rounded(math.exp(rng.uniform(math.log(low), math.log(high))), axis)
+        return _rounded(low + share * (high - low), axis)
+    return _rounded(low * (high / low) ** share, axis)
 
 
 def _define(sweep: SweepConfig, trial: OptunaTrial) -> Setting:

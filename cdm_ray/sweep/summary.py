@@ -14,8 +14,10 @@ import numpy as np
 
 from cdm_ray.sweep.importance import Importance, importance_of
 from cdm_ray.sweep.intervals import ALPHA, Deviate, Interval
-from cdm_ray.sweep.settings import Setting, setting_key, show_setting
+from cdm_ray.sweep.settings import SCHEDULE, Setting, setting_key, show_setting
 
+COUNTS = ("fd_images", "paths")
+"""Metrics that say how many generated images or paths the others come from."""
 Status = Literal["finished", "pruned", "failed"]
 Mode = Literal["min", "max"]
 
@@ -30,7 +32,11 @@ class TrialResult:
     metric: float | None
     metrics: Mapping[str, float]
     steps: int
-    device_seconds: float
+    device_seconds: float | None
+    """That its training steps take, of all its workers together, at the run's median speed; None
+    if not measured."""
+    held_seconds: float
+    """Device-seconds for which it held its workers, from start to end, evaluations included."""
     run: str
     failure: str | None = None
 
@@ -44,7 +50,7 @@ class Row:
     values: Mapping[int, float]
     """The metric of the finished trials by seed, seeds in order."""
     device_seconds: float | None
-    """Mean of the finished trials; None if there is none."""
+    """Mean of the finished trials whose cost was measured; None if there is none."""
     pruned: int
     failed: int
     rank: int | None = None
@@ -150,6 +156,19 @@ class Summary:
         return next((row for row in self.rows if row.is_baseline), None)
 
     @property
+    def label(self) -> str:
+        """The metric, with what it was measured on if that is known, and which way is better."""
+        counts = {trial.metrics.get(name) for trial in self.trials for name in COUNTS} - {None}
+        of = f"n={next(iter(counts)):,.0f}; " if len(counts) == 1 else ""
+        return f"{self.metric} ({of}{'lower' if self.mode == 'min' else 'higher'} is better)"
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The axes, and the schedule if there are any."""
+        scheduled = any(SCHEDULE in row.setting for row in self.rows)
+        return (*self.axes, SCHEDULE) if scheduled else self.axes
+
+    @property
     def front(self) -> tuple[Row, ...]:
         """The Pareto front of quality and device-seconds, cheapest first."""
         front = [row for row in self.rows if row.on_front]
@@ -179,7 +198,8 @@ def summarise(
     base = setting_key(baseline)
     rows = [_row(group, is_baseline=key == base) for key, group in groups.items()]
     ranked = _mark_front(_ranked(rows, mode), mode)
-    axes = tuple(dict.fromkeys(name for trial in checked for name in trial.setting))
+    names = dict.fromkeys(name for trial in checked for name in trial.setting)
+    axes = tuple(name for name in names if name != SCHEDULE)
     return Summary(
         metric=metric,
         mode=mode,
@@ -200,7 +220,7 @@ def _checked(trial: TrialResult, metric: str) -> TrialResult:
         bad = f"{metric} was never reported" if trial.status == "finished" else None
     elif not math.isfinite(trial.metric):
         bad = f"{metric} is {trial.metric}"
-    if bad is None and not math.isfinite(trial.device_seconds):
+    if bad is None and not math.isfinite(trial.device_seconds or 0.0):
         bad = f"device-seconds are {trial.device_seconds}"
     return trial if bad is None else replace(trial, status="failed", failure=bad)
 
@@ -211,12 +231,13 @@ def _row(trials: Sequence[TrialResult], *, is_baseline: bool) -> Row:
     for trial in finished:
         if trial.metric is not None:
             by_seed.setdefault(trial.seed, []).append(trial.metric)
+    costs = [trial.device_seconds for trial in finished if trial.device_seconds is not None]
     return Row(
         setting=trials[0].setting,
         is_baseline=is_baseline,
         # A search may draw a setting twice: with the same seed that is no second sample.
         values={seed: float(np.mean(by_seed[seed])) for seed in sorted(by_seed)},
-        device_seconds=float(np.mean([t.device_seconds for t in finished])) if finished else None,
+        device_seconds=float(np.mean(costs)) if costs else None,
         pruned=sum(trial.status == "pruned" for trial in trials),
         failed=sum(trial.status == "failed" for trial in trials),
     )
@@ -241,13 +262,19 @@ def _ranked(rows: Sequence[Row], mode: Mode) -> list[Row]:
 
 def _mark_front(rows: Sequence[Row], mode: Mode) -> list[Row]:
     sign = 1.0 if mode == "min" else -1.0
-    points = [(sign * row.mean, row.device_seconds or 0.0) for row in rows if row.values]
+    points = {
+        index: (sign * row.mean, row.device_seconds)
+        for index, row in enumerate(rows)
+        if row.device_seconds is not None
+    }
 
-    def beaten(point: tuple[float, float]) -> bool:
-        return any(p != point and p[0] <= point[0] and p[1] <= point[1] for p in points)
+    def on_front(index: int) -> bool:
+        point = points.get(index)
+        return point is not None and not any(
+            p != point and p[0] <= point[0] and p[1] <= point[1] for p in points.values()
+        )
 
-    front = [not beaten(point) for point in points] + [False] * (len(rows) - len(points))
-    return [replace(row, on_front=on) for row, on in zip(rows, front, strict=True)]
+    return [replace(row, on_front=on_front(index)) for index, row in enumerate(rows)]
 
 
 def _compare(rows: Sequence[Row], trials: Sequence[TrialResult], mode: Mode) -> Comparison | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Sequence
 
 from cdm_ray.sweep.importance import Importance
@@ -16,29 +15,30 @@ def csv_text(summary: Summary) -> str:
     """All trials, a line each: axes, metric, seed, status, cost, other metrics."""
     known = {name for trial in summary.trials for name in trial.metrics}
     others = sorted(known - {summary.metric})
-    own = ["seed", "status", summary.metric, "steps", "device_seconds", "run", "failure"]
+    cost = ["device_seconds", "held_seconds"]
+    own = ["seed", "status", summary.metric, "steps", *cost, "run", "failure"]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*summary.axes, *own, *others])
+    writer.writerow([*summary.fields, *own, *others])
     for t in summary.trials:
-        setting = [t.setting.get(axis) for axis in summary.axes]
-        facts = [t.seed, t.status, t.metric, t.steps, t.device_seconds, t.run, t.failure]
-        writer.writerow([*setting, *facts, *(t.metrics.get(name) for name in others)])
+        setting = [t.setting.get(name) for name in summary.fields]
+        facts = [t.seed, t.status, t.metric, t.steps, t.device_seconds, t.held_seconds]
+        own_metrics = (t.metrics.get(name) for name in others)
+        writer.writerow([*setting, *facts, t.run, t.failure, *own_metrics])
     return out.getvalue()
 
 
 def markdown(summary: Summary) -> str:
     """The verdict, the rows in the order of the ranking, importance of axes, failures."""
-    better = "lower" if summary.mode == "min" else "higher"
-    columns = ["rank", *summary.axes, summary.metric, "seeds", "device-seconds", "marks"]
+    columns = ["rank", *summary.fields, summary.metric, "seeds", "device-seconds", "marks"]
     lines = [_line(columns), "|---" * len(columns) + "|"]
     lines += [_line(_cells(summary, row)) for row in summary.rows]
-    total = sum(t.device_seconds for t in summary.trials if math.isfinite(t.device_seconds))
+    total = sum(t.held_seconds for t in summary.trials)
     parts = [
         f"**{summary.verdict}**",
-        f"{summary.metric}: mean and 95 % interval over seeds, {better} is better; Pareto: no "
-        f"other setting is as good and as cheap. All {len(summary.trials)} trials together took "
-        f"{total:,.0f} device-seconds.",
+        f"{summary.label}: mean and 95 % interval over seeds; device-seconds: those of the "
+        "training steps alone; Pareto: no other setting is as good and as cheap. All "
+        f"{len(summary.trials)} trials together held their devices for {total:,.0f} seconds.",
         "\n".join(lines),
     ]
     if any(part.value is not None for part in summary.importance):
@@ -64,7 +64,7 @@ def _cells(summary: Summary, row: Row) -> list[str]:
     ]
     return [
         str(row.rank or "–"),
-        *(show_value(row.setting[a]) if a in row.setting else "–" for a in summary.axes),
+        *(show_value(row.setting[a]) if a in row.setting else "–" for a in summary.fields),
         str(row.interval or "–"),
         str(len(row.values)),
         "–" if row.device_seconds is None else f"{row.device_seconds:,.1f}",

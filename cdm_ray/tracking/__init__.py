@@ -4,8 +4,16 @@
 (rank 0 and driver); `server` connects.
 """
 
-from cdm_ray.tracking.runs import EndStatus, finish_run, open_run, ui_command
+from cdm_ray.tracking.runs import EndStatus, end_run_of, finish_run, open_run, ui_command
 from cdm_ray.tracking.server import RunHandle
 from cdm_ray.tracking.spool import Tracker
 
-__all__ = ["EndStatus", "RunHandle", "Tracker", "finish_run", "open_run", "ui_command"]
+__all__ = [
+    "EndStatus",
+    "RunHandle",
+    "Tracker",
+    "end_run_of",
+    "finish_run",
+    "open_run",
+    "ui_command",
+]

@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cdm_ray.config import JobConfig, flatten
+from cdm_ray.config import JobConfig, SweepConfig, flatten
 from cdm_ray.errors import ConfigError, error_line, redact
 from cdm_ray.storage import AnyPath, write_whole
 from cdm_ray.tracking.server import (
@@ -51,9 +51,15 @@ RESUME_SECONDS, FINISH_SECONDS = 10.0, 60.0
 
 
 def open_run(
-    config: JobConfig, *, storage: AnyPath, run_name: str, run_folder: AnyPath
+    config: JobConfig | SweepConfig,
+    *,
+    storage: AnyPath,
+    run_name: str,
+    run_folder: AnyPath,
+    parent: str | None = None,
 ) -> RunHandle:
-    """Start the MLflow run of a run folder, or continue the one that it remembers.
+    """Start the MLflow run of a run folder, or continue the one that it remembers; as a child of
+    the run `parent`, if one is given.
 
     Parameters are the fields of the configuration as `section.field`, tags the git revision and
     the versions; what differs when a run is continued becomes a tag `resumed.NAME`. Raises
@@ -67,7 +73,8 @@ def open_run(
         if run is None:
             remembered = None
             experiment = _experiment(client, uri, config.tracking.experiment, storage)
-            run = client.create_run(experiment, run_name=run_name)
+            tags = {} if parent is None else {"mlflow.parentRunId": parent}
+            run = client.create_run(experiment, run_name=run_name, tags=tags)
             _remember(run_folder, uri, run.info.run_id)
         _describe(client, run, config)
         run_id = run.info.run_id
@@ -110,6 +117,14 @@ def finish_run(handle: RunHandle, status: EndStatus) -> bool:
             handle.spool,
         )
     return arrived
+
+
+def end_run_of(run_folder: AnyPath, like: RunHandle, status: EndStatus) -> None:
+    """End the MLflow run of a run folder that was stopped from outside, at the server of `like`;
+    nothing if the folder has none."""
+    if (remembered := _remembered(run_folder)) is not None:
+        run_id = remembered["run_id"]
+        finish_run(RunHandle(like.uri, run_id, _spool(run_folder, run_id)), status)
 
 
 def ui_command(handle: RunHandle) -> str:
@@ -231,7 +246,7 @@ def _continued(client: MlflowClient, remembered: dict[str, str] | None) -> Run |
     return run
 
 
-def _describe(client: MlflowClient, run: Run, config: JobConfig) -> None:
+def _describe(client: MlflowClient, run: Run, config: JobConfig | SweepConfig) -> None:
     """Log parameters and tags; of a continued run, only what is new."""
     from mlflow.entities import Param, RunTag
 

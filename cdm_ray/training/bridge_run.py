@@ -23,7 +23,7 @@ from cdm_ray.evaluation.bridge_evaluation import (
 )
 from cdm_ray.evaluation.launch import EVALUATIONS, evaluation_folder
 from cdm_ray.evaluation.tasks import MapTasks
-from cdm_ray.report import RESULTS_FILE
+from cdm_ray.report import pace_before
 from cdm_ray.storage import AnyPath, check_writable
 from cdm_ray.tracking import RunHandle, ui_command
 from cdm_ray.training.bridge_worker import train_worker
@@ -33,12 +33,14 @@ from cdm_ray.training.evaluations import (
     worker_gpus,
 )
 from cdm_ray.training.launch import final_checkpoint, tracked_run, train
+from cdm_ray.training.surroundings import ALONE, Surroundings
+from cdm_ray.training.worker import Pace
 
 TOLD = ("kl_from_truth", "cost", "ess")
 """Metrics that the driver prints during training."""
 
 
-def run_bridge(config: BridgeConfig) -> AnyPath:
+def run_bridge(config: BridgeConfig, around: Surroundings = ALONE) -> AnyPath:
     """Train as configured, evaluate the averaged weights, record everything in MLflow.
 
     Returns the run's folder, which then holds the results. Continues the run of the same name. Ray
@@ -52,13 +54,13 @@ def run_bridge(config: BridgeConfig) -> AnyPath:
     if config.eval.grid is not None:
         print("truth: solving the backward equation, once for this bridge", flush=True)
     truth_of(config, bridge, cache_folder(config))  # before training: a grid may be too coarse
-    with tracked_run(config) as tracking:
-        with _evaluations(config, tracking, use_gpu):
-            speed = train(
+    with tracked_run(config, around.parent) as tracking:
+        with _evaluations(config, tracking, use_gpu, around):
+            pace = train(
                 config,
                 train_worker,
                 tracking,
-                gpus_per_worker=worker_gpus(config) if use_gpu else 0.0,
+                gpus_per_worker=worker_gpus(config, around) if use_gpu else 0.0,
             )
         checkpoint = final_checkpoint(config)
         step = checkpoint.state.step
@@ -78,7 +80,8 @@ def run_bridge(config: BridgeConfig) -> AnyPath:
         record_evaluation(
             tracking, step, found.metrics, found.figures.values(), checkpoint=checkpoint.folder
         )
-        _summary(config, step, found, checkpoint.folder, speed, tracking).save(config.run_folder)
+        _summary(config, step, found, checkpoint.folder, pace, tracking).save(config.run_folder)
+        around.watch(step, found.metrics)
     return config.run_folder
 
 
@@ -88,7 +91,7 @@ def cache_folder(config: BridgeConfig) -> AnyPath:
 
 
 def _evaluations(
-    config: BridgeConfig, tracking: RunHandle, use_gpu: bool
+    config: BridgeConfig, tracking: RunHandle, use_gpu: bool, around: Surroundings
 ) -> AbstractContextManager[object]:
     if config.eval.every_iterations is None:
         return nullcontext()
@@ -107,9 +110,12 @@ def _evaluations(
             figures=False,
         )
         record_evaluation(tracking, step, found.metrics, found.figures.values())
+        around.watch(step, found.metrics)
         return {name: found.metrics[name] for name in TOLD if name in found.metrics}
 
-    return EvaluationsDuringTraining(config, evaluate_snapshot, tracking, use_gpu=use_gpu)
+    return EvaluationsDuringTraining(
+        config, evaluate_snapshot, tracking, use_gpu=use_gpu, around=around
+    )
 
 
 def _summary(
@@ -117,18 +123,17 @@ def _summary(
     step: int,
     found: BridgeResult,
     checkpoint: AnyPath,
-    speed: float | None,
+    pace: Pace | None,
     tracking: RunHandle,
 ) -> BridgeSummary:
-    if speed is None and (config.run_folder / RESULTS_FILE).is_file():
-        before = BridgeSummary.load(config.run_folder)  # evaluated again, not trained
-        speed = before.path_steps_per_second
+    speed, seconds = pace or pace_before(config.run_folder)
     return BridgeSummary(
         run=config.run_name,
         recipe=config.recipe,
         seed=config.run.seed,
         iterations=step // config.train.inner_steps,
-        path_steps_per_second=speed,
+        speed=speed,
+        training_seconds=seconds,
         metrics=found.metrics,
         checkpoint=str(checkpoint),
         figures={name: str(path) for name, path in found.figures.items()},

@@ -31,6 +31,7 @@ from cdm_ray.training.loop import Pass, run_loop
 from cdm_ray.training.rates import bridge_rates
 from cdm_ray.training.worker import (
     Assignment,
+    Pace,
     Speed,
     WorkerHooks,
     agree_on_checkpoint,
@@ -46,7 +47,7 @@ def train_worker(options: dict[str, Assignment]) -> dict[str, Any]:
     return run_worker(options, BridgeConfig, _train)
 
 
-def _train(config: BridgeConfig, assignment: Assignment) -> float | None:
+def _train(config: BridgeConfig, assignment: Assignment) -> Pace | None:
     context = ray.train.get_context()
     lanes = deal_lanes(config.simulation.lanes, context.get_world_size())[context.get_world_rank()]
     device = ray.train.torch.get_device()
@@ -71,7 +72,7 @@ def _train(config: BridgeConfig, assignment: Assignment) -> float | None:
     speed = Speed("path_steps", path_steps / (config.pairs * config.train.inner_steps))
     hooks = WorkerHooks(config, engine, assignment, state, speed, run.replay.tensors)
     with closing(hooks):
-        run_loop(
+        state = run_loop(
             engine,
             run.objective,
             run.passes(engine, state.step),
@@ -82,7 +83,7 @@ def _train(config: BridgeConfig, assignment: Assignment) -> float | None:
             rates=lambda state: bridge_rates(config, state.step),
             hooks=hooks,
         )
-    return hooks.speed
+    return hooks.pace(state)
 
 
 def _prime(engine: Engine, dim: int) -> Tensor:

@@ -26,6 +26,7 @@ from cdm_ray.errors import error_line
 from cdm_ray.evaluation.tasks import MapTasks
 from cdm_ray.storage import AnyPath, matching
 from cdm_ray.tracking import RunHandle, Tracker
+from cdm_ray.training.surroundings import ALONE, Surroundings
 
 log = logging.getLogger(__name__)
 
@@ -67,25 +68,49 @@ def record_evaluation(
         tracker.close(timeout=30.0)
 
 
-def worker_gpus(config: JobConfig) -> float:
-    """GPU share of each training worker, given that they use GPUs: the rest of a GPU is for
-    evaluations during training where the workers take every GPU there is."""
-    spare = cluster.gpus_in_cluster() - config.ray.workers
-    return 1.0 - GPU_SHARE if len(config.evaluation_steps) > 0 and spare < 1 else 1.0
+def worker_gpus(config: JobConfig, around: Surroundings = ALONE) -> float:
+    """GPU share of each training worker, given that they use GPUs: a part of `ray.gpus_per_worker`
+    is for evaluations during training where no other GPU is."""
+    whole = config.ray.gpus_per_worker
+    shared = len(config.evaluation_steps) > 0 and _spare_gpus(config, around) < 1
+    return whole * (1.0 - GPU_SHARE) if shared else whole
 
 
-def resources_beside_training(config: JobConfig, use_gpu: bool) -> TaskResources:
+def resources_beside_training(
+    config: JobConfig, use_gpu: bool, around: Surroundings = ALONE
+) -> TaskResources:
     """What evaluations may take while the workers run: resources of their own if the cluster has
     them, else a share of the training's, one task at a time on each GPU or machine."""
     workers = config.ray.workers
     if use_gpu:
-        spare = int(cluster.gpus_in_cluster()) - workers
+        spare = _spare_gpus(config, around)
         if spare >= 1:
             return TaskResources(gpus=1.0, at_once=spare)
-        return TaskResources(cpus=0.0, gpus=GPU_SHARE, at_once=workers)
-    # one more CPU is the training controller's
-    spare = int(ray.cluster_resources().get("CPU", 0) - workers * config.ray.cpus_per_worker) - 1
+        share = GPU_SHARE * config.ray.gpus_per_worker
+        return TaskResources(cpus=0.0, gpus=share, at_once=workers)
+    spare = 0
+    if not around.shares_cluster:  # one more CPU is the driver's
+        there = ray.cluster_resources().get("CPU", 0)
+        spare = int(there - workers * config.ray.cpus_per_worker) - 1
     return TaskResources(at_once=spare) if spare >= 1 else TaskResources(cpus=0.0, at_once=1)
+
+
+def resources_after_training(
+    config: JobConfig, use_gpu: bool, around: Surroundings
+) -> TaskResources:
+    """What the evaluation of the last weights may take, if it is worth a GPU."""
+    if not use_gpu:
+        return TaskResources()
+    if around.shares_cluster:
+        return TaskResources(gpus=config.ray.gpus_per_worker, at_once=config.ray.workers)
+    return TaskResources(gpus=1.0)
+
+
+def _spare_gpus(config: JobConfig, around: Surroundings) -> int:
+    """GPUs that no worker takes, and no other run."""
+    if around.shares_cluster:
+        return 0
+    return int(cluster.gpus_in_cluster() - config.ray.workers * config.ray.gpus_per_worker)
 
 
 class EvaluationsDuringTraining:
@@ -97,12 +122,17 @@ class EvaluationsDuringTraining:
     """
 
     def __init__(
-        self, config: JobConfig, evaluate: Evaluate, tracking: RunHandle, *, use_gpu: bool
+        self,
+        config: JobConfig,
+        evaluate: Evaluate,
+        tracking: RunHandle,
+        *,
+        use_gpu: bool,
+        around: Surroundings = ALONE,
     ) -> None:
         self._config, self._evaluate_snapshot, self._tracking = config, evaluate, tracking
-        self._map_tasks = partial(
-            cluster.map_tasks, resources=resources_beside_training(config, use_gpu), show=False
-        )
+        resources = resources_beside_training(config, use_gpu, around)
+        self._map_tasks = partial(cluster.map_tasks, resources=resources, show=False)
         self._failed: set[AnyPath] = set()
         self._trained, self._abandoned = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="evaluations", daemon=True)

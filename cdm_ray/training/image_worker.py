@@ -29,6 +29,7 @@ from cdm_ray.training.loop import Pass, run_loop
 from cdm_ray.training.rates import image_rates
 from cdm_ray.training.worker import (
     Assignment,
+    Pace,
     Speed,
     WorkerHooks,
     agree_on_checkpoint,
@@ -44,7 +45,7 @@ def train_worker(options: dict[str, Assignment]) -> dict[str, Any]:
     return run_worker(options, ImageConfig, _train)
 
 
-def _train(config: ImageConfig, assignment: Assignment) -> float | None:
+def _train(config: ImageConfig, assignment: Assignment) -> Pace | None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
@@ -87,7 +88,7 @@ def _train(config: ImageConfig, assignment: Assignment) -> float | None:
             start_step=state.step,
         ) as stream,
     ):
-        run_loop(
+        state = run_loop(
             engine,
             ImageObjectives(config, rollout_network),
             step_passes(config, stream, schedule, lanes, manifest, device, state.step),
@@ -99,7 +100,7 @@ def _train(config: ImageConfig, assignment: Assignment) -> float | None:
             hooks=hooks,
             before_step=update_of_rollouts(config, engine, rollout_network, state.step),
         )
-    return hooks.speed
+    return hooks.pace(state)
 
 
 def rolls_out_average(config: ImageConfig) -> bool:

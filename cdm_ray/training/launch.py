@@ -15,7 +15,7 @@ from cdm_ray.config import JobConfig, read_config, to_yaml
 from cdm_ray.errors import ConfigError, RunFailed
 from cdm_ray.storage import write_whole
 from cdm_ray.tracking import EndStatus, RunHandle, finish_run, open_run
-from cdm_ray.training.worker import Assignment, fatal_message
+from cdm_ray.training.worker import Assignment, Pace, fatal_message
 
 CONFIG_FILE = "config.yaml"
 
@@ -23,7 +23,7 @@ Worker = Callable[[dict[str, Assignment]], dict[str, Any]]
 
 
 @contextmanager
-def tracked_run(config: JobConfig) -> Iterator[RunHandle]:
+def tracked_run(config: JobConfig, parent: str | None = None) -> Iterator[RunHandle]:
     """The MLflow run of a (resolved) run, while its folder is worked in; ends it with the status
     that the block ended with."""
     claim_folder(config)
@@ -32,6 +32,7 @@ def tracked_run(config: JobConfig) -> Iterator[RunHandle]:
         storage=config.storage,
         run_name=config.run_name,
         run_folder=config.run_folder,
+        parent=parent,
     )
     status: EndStatus = "FAILED"
     try:
@@ -65,11 +66,11 @@ def train(
     tracking: RunHandle | None,
     *,
     gpus_per_worker: float = 0.0,
-) -> float | None:
+) -> Pace | None:
     """Run the workers to the last step, from the newest checkpoint of the (resolved) run.
 
-    Returns the median speed, in what the worker counts it, None if nothing was left to do or too
-    little to tell. `worker` is what every worker runs.
+    Returns the pace, None if nothing was left to do or too little to tell. `worker` is what every
+    worker runs.
     """
     newest = newest_checkpoint(config.run_folder / CHECKPOINTS)
     if newest is not None and newest.state.step >= config.steps:
@@ -107,7 +108,7 @@ def train(
         raise RunFailed(message) from None
     if "fatal" in outcome:
         raise RunFailed(outcome["fatal"])
-    return outcome["speed"]
+    return outcome["pace"]
 
 
 def final_checkpoint(config: JobConfig) -> Checkpoint:

@@ -50,11 +50,11 @@ class Assignment:
 def run_worker(
     options: dict[str, Assignment],
     root: type[C],
-    train: Callable[[C, Assignment], float | None],
+    train: Callable[[C, Assignment], Pace | None],
 ) -> dict[str, Any]:
     """A worker's whole life: `options` is what Ray Train gives it, {"assignment": Assignment}.
 
-    Returns {"speed": what `train` does} or, after an error that a restart would only repeat,
+    Returns {"pace": what `train` does} or, after an error that a restart would only repeat,
     {"fatal": message}.
     """
     assignment = options["assignment"]
@@ -62,12 +62,12 @@ def run_worker(
     if (message := fatal_message(config.run_folder, assignment.launch)) is not None:
         return {"fatal": message}
     try:
-        speed = train(config, assignment)
+        pace = train(config, assignment)
     except FATAL_ERRORS as error:
         told = {"launch": assignment.launch, "message": str(error)}
         write_whole(config.run_folder / FATAL_FILE, json.dumps(told).encode())
         raise
-    return {"speed": speed}
+    return {"pace": pace}
 
 
 def fatal_message(run_folder: AnyPath, launch: str) -> str | None:
@@ -125,6 +125,16 @@ class Speed(NamedTuple):
     """Units in one sample of the loop."""
 
 
+class Pace(NamedTuple):
+    """How fast a run trains, the median over its records without the first, which holds the
+    warm-up."""
+
+    speed: float
+    """Units per second."""
+    seconds: float
+    """That all steps of the run take at this speed."""
+
+
 class _Progress:
     """How far the run is: a bar with losses, speed and time left, one line for each record, so
     that it reads alike on a terminal and in a job's log."""
@@ -161,23 +171,24 @@ class WorkerHooks:
     ) -> None:
         self._config, self._engine, self._yaml = config, engine, to_yaml(config)
         self._unit, self._extra = speed, extra
-        self._speeds: list[float] = []
+        self._samples_per_second: list[float] = []
         self._tracker, self._progress = None, None
         if dist.get_rank() == 0:
             self._progress = _Progress(config.run_name, state, config.steps)
             if assignment.tracking is not None:
                 self._tracker = Tracker(assignment.tracking)
 
-    @property
-    def speed(self) -> float | None:
-        """Units per second, the median over the records on rank 0 without the first one, which
-        holds the warm-up."""
-        return statistics.median(self._speeds[1:]) if len(self._speeds) > 1 else None
+    def pace(self, state: TrainingState) -> Pace | None:
+        """Of the run that ended in this state, as rank 0 saw it; None after a single record."""
+        if len(self._samples_per_second) < 2:
+            return None
+        median = statistics.median(self._samples_per_second[1:])
+        return Pace(median * self._unit.per_sample, state.samples_seen / median)
 
     def record(self, record: Record) -> None:
         unit, per_sample = self._unit
         speed = record.samples_per_second * per_sample
-        self._speeds.append(speed)
+        self._samples_per_second.append(record.samples_per_second)
         if self._tracker is not None:
             course = {
                 f"{unit}_per_second": speed,

@@ -325,7 +325,7 @@ def test_a_grid_needs_choices(refused, load):
 def test_pruning_needs_two_rungs(refused):
     message = refused("sweep.scheduler=asha", "sweep.rungs=1")
     assert message == (
-        "scheduler=asha ends trials between evaluations, of which rungs=1 leaves none; use "
+        "scheduler=asha compares trials between evaluations, of which rungs=1 leaves none; use "
         "rungs=2 or more"
     )
 

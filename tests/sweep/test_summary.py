@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ BASELINE = {"cp.weight": 0}
 def trial(setting, seed=0, metric=1.0, *, status="finished", seconds=10.0, failure=None):
     if not isinstance(setting, dict):
         setting = {"cp.weight": setting}
-    return TrialResult(setting, seed, status, metric, {}, 100, seconds, f"run-{seed}", failure)
+    return TrialResult(setting, seed, status, metric, {}, 100, seconds, 2.0, f"run-{seed}", failure)
 
 
 def group(setting, values, first_seed=0, **options):
@@ -410,7 +411,7 @@ def test_the_table_of_trials_reads_back():
     trials = [
         TrialResult(
             {"cp.weight": 0.1, "cp.detach": "a,b"}, 3, "finished", 1 / 3,
-            {"kl": 0.25, "fd": 1 / 3}, 50, 12.5, "run-a",
+            {"kl": 0.25, "fd": 1 / 3}, 50, 12.5, 20.0, "run-a",
         ),
         trial(0, status="pruned", metric=0.7),
         trial(2, metric=math.nan),
@@ -443,10 +444,25 @@ def test_the_table_of_settings_has_marks_and_failures():
         "| – | a\\|b | – | 0 | – | 1 failed |",
     ]
     assert "- cp.weight=a|b, seed 0 (run-0): out of memory" in text
-    assert "All 6 trials together took 63 device-seconds" in text
+    assert "All 6 trials together held their devices for 12 seconds" in text
     assert text.startswith("**cp.weight=1 is ")
 
 
 def test_settings_are_written_as_overrides():
     assert show_setting({"a": 0.12345678, "b": True, "c": 3}) == "a=0.1235, b=true, c=3"
     assert show_setting({}) == "the recipe as it is"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "label"),
+    [
+        ([{"fd_images": 500.0}, {"fd_images": 500.0}], "fd (n=500; lower is better)"),
+        ([{"paths": 1024.0}, {}], "fd (n=1,024; lower is better)"),
+        ([{"fd_images": 500.0}, {"fd_images": 600.0}], "fd (lower is better)"),
+        ([{}], "fd (lower is better)"),
+    ],
+)
+def test_the_label_tells_the_number_of_samples_if_it_is_the_same_in_all_trials(metrics, label):
+    trials = [replace(trial(i), metrics=one) for i, one in enumerate(metrics)]
+    assert summary_of(trials).label == label
+    assert label in markdown(summary_of(trials))

@@ -19,7 +19,7 @@ from cdm_ray.sweep.summary import TrialResult, summarise
 
 
 def trial(setting, seed=0, metric=1.0, status="finished", seconds=10.0):
-    return TrialResult(setting, seed, status, metric, {}, 100, seconds, "run", None)
+    return TrialResult(setting, seed, status, metric, {}, 100, seconds, 2.0, "run", None)
 
 
 def summary_of(trials, mode="min"):
