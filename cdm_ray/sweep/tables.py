@@ -16,7 +16,7 @@ def csv_text(summary: Summary) -> str:
     known = {name for trial in summary.trials for name in trial.metrics}
     others = sorted(known - {summary.metric})
     cost = ["device_seconds", "held_seconds"]
-    own = ["seed", "status", summary.metric, "steps", *cost, "run", "failure"]
+    own = ["seed", "status", summary.metric, "optimizer_steps", *cost, "run", "failure"]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*summary.fields, *own, *others])

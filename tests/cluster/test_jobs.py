@@ -25,7 +25,7 @@ def test_commands_that_are_not_run_here_are_run_by_make_or_replaced():
     for command in COMMANDS:
         if command.startswith("make "):
             assert command.removeprefix("make ") in targets
-        elif not command.startswith(("python jobs/", "ray job submit ")):
+        elif not command.startswith(("python jobs/", "python sweeps/", "ray job submit ")):
             # activation of the environment that runs these tests; the fixture `head`
             assert command in ("source .venv/bin/activate", "ray start --head")
 

@@ -101,7 +101,7 @@ def test_a_sweep_stopped_again_and_again_ends_with_all_it_found(sweep):
     assert {lr: row["status"] for lr, row in rows.items()} == {
         "0.003": "finished", "1e-09": "pruned", "1e+30": "failed", "0.01": "finished"
     }  # fmt: skip
-    assert int(rows["1e-09"]["steps"]) == 6
+    assert int(rows["1e-09"]["optimizer_steps"]) == 6
     assert "left the domain" in rows["1e+30"]["failure"]
     assert "Failed:\n\n- optimizer.lr=1e+30, seed 0 (optimizer.lr_1e_30-seed0): iteration" in told
     assert "optimizer.lr=0.01 against the baseline: better by" in told
