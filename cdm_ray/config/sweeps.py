@@ -77,8 +77,9 @@ class SweepConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the draws."""
     scheduler: Literal["none", "asha", "pbt"] = "none"
-    """asha: trials that are behind the others at a rung end there. pbt: they go on from the
-    checkpoint of one that is ahead, with other values of the axes, so that schedules are found."""
+    """asha: trials that are behind the others at a rung end there, the baseline apart. pbt: they go
+    on from the checkpoint of one that is ahead, with other values of the axes, so that schedules
+    are found."""
     rungs: Annotated[int, Field(ge=1)] = 3
     """Evaluations of a whole run, that at its end included."""
     grace: Fraction = 0.4

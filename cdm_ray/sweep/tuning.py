@@ -153,8 +153,9 @@ def _told(error: Exception | None) -> str | None:
 
 
 class SuccessiveHalving(ASHAScheduler):
-    """ASHA (Li et al. 2020) that lets the baseline, which all others are compared with, run to its
-    end, and that knows what was reported before the sweep was stopped and continued."""
+    """ASHA (Li et al. 2020) among the rivals of the baseline, which is what the best of them is
+    compared with and runs to its end; it knows what was reported before the sweep was stopped and
+    continued."""
 
     def __init__(self, plan: TrialPlan) -> None:
         rungs = plan.sweep.rungs
@@ -166,13 +167,23 @@ class SuccessiveHalving(ASHAScheduler):
         super().on_trial_add(tune_controller, trial)
         name = run_name(*given_of(trial.config))
         for rung, value in Course.load(self._plan.course_file(name)).reports:
-            result = {RUNG: rung, self._plan.sweep.metric: value}
-            super().on_trial_result(tune_controller, trial, result)
+            self._decide(tune_controller, trial, {RUNG: rung, self._plan.sweep.metric: value})
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        return self._decide(tune_controller, trial, result)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        if self._is_baseline(trial):
+            self.on_trial_remove(tune_controller, trial)
+        else:
+            super().on_trial_complete(tune_controller, trial, result)
+
+    def _decide(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if self._is_baseline(trial):
+            return TrialScheduler.CONTINUE
         decision = super().on_trial_result(tune_controller, trial, result)
         whole = result[RUNG] >= self._plan.sweep.rungs  # ends by itself, in order
-        return TrialScheduler.CONTINUE if whole or self._is_baseline(trial) else decision
+        return TrialScheduler.CONTINUE if whole else decision
 
     def _is_baseline(self, trial: Any) -> bool:
         setting: Mapping[str, Any] = given_of(trial.config)[0]

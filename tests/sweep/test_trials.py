@@ -112,10 +112,14 @@ def test_trials_that_are_behind_end_but_not_the_baseline_nor_a_whole_run(plan_of
     good, bad, base = trial(0, 0.01), trial(1, 0.001), trial(2, 0.1)
     for one in (good, bad, base):
         halving.on_trial_add(None, one)
+    # Better than the others, it does not end them either: they are compared with each other.
+    assert report(halving, base, 1, 0.1) == TrialScheduler.CONTINUE
     assert report(halving, good, 1, 1.0) == TrialScheduler.CONTINUE
     assert report(halving, bad, 1, 2.0) == TrialScheduler.STOP
-    assert report(halving, base, 1, 3.0) == TrialScheduler.CONTINUE
+    assert report(halving, base, 2, 3.0) == TrialScheduler.CONTINUE
     assert report(halving, good, 3, 9.0) == TrialScheduler.CONTINUE  # ends by itself
+    for one in (good, bad, base):
+        halving.on_trial_complete(None, one, {RUNG: 3, "kl_from_truth": 1.0})
 
 
 def test_a_sweep_that_is_continued_knows_what_was_reported_before(plan_of):
