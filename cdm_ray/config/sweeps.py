@@ -171,6 +171,14 @@ class SweepConfig(Section):
                 "settings in the end instead: seeds=1 and e.g. top=3 and repeats=4"
             )
         self._check_fields()
+        ranges = ("uniform", "loguniform")
+        if self.search == "optuna" and not any(
+            axis.kind in ranges and not axis.when for axis in self.axes.values()
+        ):
+            raise ConfigError(
+                "search=optuna: no axis is uniform or loguniform in all trials, so that it would "
+                "choose settings again; use search=random or grid, which try each setting once"
+            )
         if self.scheduler == "pbt":
             self._check_population()
         self._check_conditions()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from typing import Any
 
 from cdm_ray import cluster
@@ -92,12 +91,15 @@ def _each(ray: RayConfig) -> str:
 def _search(plan: TrialPlan, folder: AnyPath, at_once: int) -> list[TrialResult]:
     tuned, sweep = folder / "tune", plan.sweep
     if sweep.search == "optuna":
-        return _results(plan, tune_search(plan, tuned, at_once))
-    pairs = planned(sweep)
-    if sweep.scheduler != "pbt":
-        return _results(plan, tune_pairs(plan, tuned, at_once, pairs, prune=True))
-    alone = tune_pairs(plan, folder / "tune-baseline", at_once, pairs[:1], prune=False)
-    return _results(plan, alone + tune_population(plan, tuned, pairs[1:]))
+        trials = tune_search(plan, tuned, at_once)
+    elif sweep.scheduler == "pbt":
+        baseline, *members = planned(sweep)
+        alone = folder / "tune-baseline"
+        trials = tune_pairs(plan, alone, at_once, [baseline], prune=False)
+        trials += tune_population(plan, tuned, members)
+    else:
+        trials = tune_pairs(plan, tuned, at_once, planned(sweep), prune=True)
+    return [_result(plan, trial) for trial in trials]
 
 
 def _repeat_best(
@@ -109,13 +111,8 @@ def _repeat_best(
     ranked = [row.setting for row in summary.rows if row.rank is not None and not row.is_baseline]
     chosen = [dict(sweep.baseline), *map(dict, ranked[: sweep.top])]
     pairs = [(s, sweep.seeds + extra) for s in chosen for extra in range(sweep.repeats)]
-    return _results(plan, tune_pairs(plan, folder / "tune-repeats", at_once, pairs, prune=False))
-
-
-def _results(plan: TrialPlan, trials: Iterable[Ended]) -> list[TrialResult]:
-    """Each trial once, though a search may choose a setting twice."""
-    different = {ended.course.file: ended for ended in trials}
-    return [_result(plan, ended) for ended in different.values()]
+    trials = tune_pairs(plan, folder / "tune-repeats", at_once, pairs, prune=False)
+    return [_result(plan, trial) for trial in trials]
 
 
 def _result(plan: TrialPlan, ended: Ended) -> TrialResult:

@@ -322,6 +322,37 @@ def test_a_grid_needs_choices(refused, load):
     assert load("sweep.search=grid", *(f"sweep.axes.{c}" for c in choices)).search == "grid"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (
+            ["search=optuna", "axes={cp.weight: {choice: [1, 2]}}"],
+            "no axis is uniform or loguniform",
+        ),
+        (
+            ["search=optuna", "seeds=2"],
+            "search=optuna chooses by single runs, given seeds=2; repeat",
+        ),
+        (
+            ["scheduler=pbt", "seeds=2"],
+            "scheduler=pbt with search=random and seeds=2: a population",
+        ),
+        (["scheduler=pbt", "axes={train.batch: {choice: [64, 128]}}"], "axes.train.batch: cannot"),
+        (
+            ["scheduler=pbt", "axes={cp.weight: {choice: [1]}}"],
+            "axes.cp.weight: scheduler=pbt needs",
+        ),
+        (
+            ["scheduler=pbt", "axes={cp.weight: {choice: [1, 2], when: {cp.rollout_steps: 1}}}"],
+            "axes.cp.weight: scheduler=pbt has no conditions; leave out `when`",
+        ),
+        (["scheduler=pbt", "rungs=1"], "scheduler=pbt compares trials between evaluations"),
+    ],
+)
+def test_searches_and_schedulers_that_do_not_go_together_are_refused(overrides, reason, refused):
+    assert reason in refused(*(f"sweep.{one}" for one in overrides))
+
+
 def test_pruning_needs_two_rungs(refused):
     message = refused("sweep.scheduler=asha", "sweep.rungs=1")
     assert message == (
