@@ -19,7 +19,7 @@ from cdm_ray.errors import ConfigError, RunFailed
 from cdm_ray.storage import AnyPath, path_of, write_whole
 from cdm_ray.sweep.settings import show_setting
 from cdm_ray.sweep.space import Setting, trial_config, trial_name
-from cdm_ray.tracking import RunHandle
+from cdm_ray.tracking import RunHandle, end_run_of
 from cdm_ray.training.surroundings import Surroundings
 
 GIVEN, RUNG = "given", "rung"
@@ -100,6 +100,7 @@ def carry_out(
         report(step, {RUNG: rung, sweep.metric: metrics[sweep.metric]})
 
     if course.is_finished(sweep.rungs):  # the sweep was stopped before it took notice
+        end_run_of(config.run_folder, plan.parent, "FINISHED")
         report(course.step, {RUNG: course.rung, sweep.metric: course.metrics[sweep.metric]})
         return
     # Not as tracking.uri: a configuration is written down, and this may hold a password.

@@ -77,7 +77,7 @@ def test_own_images(checkout, head):
     ("mistake", "answer"),
     [
         ("data.path=nowhere data.source=null", "no packed data set there"),
-        ("ray.use_gpu=true", "error: ray.use_gpu=true needs ray.workers=2 GPUs, the cluster has 0"),
+        ("ray.use_gpu=true", "error: ray.use_gpu=true needs 2 GPUs for ray.workers=2, the cluster"),
         ("ray.address=127.0.0.1:1", "error: ray.address=127.0.0.1:1: no Ray cluster answers there"),
     ],
 )  # fmt: skip
