@@ -14,6 +14,7 @@ from cdm_ray.sweep.figures import (
     sweep_figures,
 )
 from cdm_ray.sweep.scales import bins_of, scale_of
+from cdm_ray.sweep.schedules import schedule_figures
 from cdm_ray.sweep.settings import value_key
 from cdm_ray.sweep.summary import TrialResult, summarise
 
@@ -265,3 +266,24 @@ def test_too_few_trials_have_no_bar():
     [axes] = importance_figure(summary_of(trials)).axes
     assert [bar.get_width() for bar in axes.patches] == [0]
     assert [text.get_text() for text in axes.texts] == ["unknown: 3 of 4 trials"]
+
+
+def test_schedules_are_drawn_as_steps_of_the_best_over_those_of_the_others(tmp_path):
+    changes = [{"after": 2000, "set": {"cp.weight": 1.2}}, {"after": 4000, "set": {"cp.weight": 9}}]
+    trials = [
+        trial({"cp.weight": 0}, metric=3.0),
+        trial({"cp.weight": 1.0, "schedule": changes}, metric=2.5),
+        trial({"cp.weight": 20.0}, metric=4.0),
+    ]
+    summary = summary_of(trials, "min")
+    assert summary.axes == ("cp.weight",)
+    [(name, figure)] = schedule_figures(summary).items()
+    assert name == "schedule_cp.weight"
+    [axes] = figure.axes
+    other, best = axes.lines  # the best one on top; the baseline is no member
+    assert list(best.get_xdata())[:3] == [0, 2000, 4000]
+    assert list(best.get_ydata()) == [1.0, 1.2, 9, 9]
+    assert set(other.get_ydata()) == {20.0}
+    assert axes.get_yscale() == "log"
+    assert "schedule_cp.weight" in sweep_figures(summary, tmp_path)
+    assert not schedule_figures(summary_of(trials[::2], "min"))
