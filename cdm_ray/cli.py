@@ -45,7 +45,7 @@ def run_job(
     parser = _parser([root], "RECIPE", what, description, examples)
     options = parser.parse_intermixed_args(arguments)
     recipe, overrides = _split(options.words)
-    return _exit_code(
+    return exit_code(
         lambda: main(load_config(root, recipe or default_recipe, overrides), options.dry_run)
     )
 
@@ -80,7 +80,7 @@ def run_checkpoint_job(
         _check_unchanged(checkpoint, read_config(root, file), config)
         mains[root](config, checkpoint, options.dry_run)
 
-    return _exit_code(call)
+    return exit_code(call)
 
 
 def _kind_of_run(checkpoint: Checkpoint, roots: Sequence[type[JobConfig]]) -> type[JobConfig]:
@@ -101,7 +101,8 @@ def _check_unchanged(checkpoint: Checkpoint, trained: JobConfig, config: JobConf
         )
 
 
-def _exit_code(call: Callable[[], None]) -> int:
+def exit_code(call: Callable[[], None]) -> int:
+    """0, or the answer in one line and 2 after a user's mistake, 1 after a failure."""
     try:
         call()
     except ConfigError as error:

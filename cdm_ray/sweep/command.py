@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cdm_ray import cluster
+from cdm_ray.cli import exit_code
 from cdm_ray.config import SweepConfig, describe, load_sweep, sweep_names
-from cdm_ray.errors import ConfigError, RunFailed
+from cdm_ray.errors import redact
 from cdm_ray.sweep.metrics import check_metric
 from cdm_ray.sweep.record import SUMMARY_FILE
 from cdm_ray.sweep.run import planned, run_sweep, sweep_folder
@@ -23,7 +24,7 @@ def run_sweep_job(
     arguments: Sequence[str] | None = None,
 ) -> int:
     """Parse the command line, and run or plan the sweep; names are those of the YAML files in
-    `folder`. Returns the exit code: 0; 2 after a user's mistake and 1 after a failure."""
+    `folder`. Returns the exit code, see `exit_code`; 130 after Ctrl-C."""
     names = ", ".join(sweep_names(folder))
     parser = argparse.ArgumentParser(
         description=description,
@@ -44,26 +45,23 @@ def run_sweep_job(
     options = parser.parse_intermixed_args(arguments)
     words = list(options.words)
     name = words.pop(0) if words and "=" not in words[0] else default
-    try:
+
+    def work() -> None:
         sweep = load_sweep(name, folder, words)
         check_metric(sweep)
         if options.dry_run:
             _print_plan(sweep)
-            return 0
+            return
         with cluster.connected(sweep.base.ray, show_logs=False):
             done = run_sweep(sweep)
         print((done / SUMMARY_FILE).read_text())
-        print(f"sweep  {done}")
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunFailed as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return 1
+        print(f"sweep  {redact(str(done))}")
+
+    try:
+        return exit_code(work)
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue the sweep", file=sys.stderr)
         return 130
-    return 0
 
 
 def _print_plan(sweep: SweepConfig) -> None:
@@ -75,4 +73,4 @@ def _print_plan(sweep: SweepConfig) -> None:
             print(f"{show_setting(setting)}, seed {seed}")
     gpus = "" if ray.use_gpu is False else f", or {ray.gpus_per_worker:g} GPU where there are any"
     print(f"each trial {ray.workers} worker(s) with {ray.cpus_per_worker:g} CPU(s){gpus}")
-    print(f"folder     {sweep_folder(sweep)}")
+    print(f"folder     {redact(str(sweep_folder(sweep)))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -38,6 +39,7 @@ class LiveTable(Callback):
         if console.is_terminal:
             self._live = Live(console=console, auto_refresh=False)
             self._live.start()
+            atexit.register(self._live.stop)  # after Ctrl-C too: it hides the cursor
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         del iteration, info
@@ -109,7 +111,3 @@ class LiveTable(Callback):
 
     def _value(self, trial: Any) -> float:
         return float(trial.last_result.get(self._metric, math.nan))
-
-
-def _name(trial: Any) -> str:
-    return shown_of(trial.config)

@@ -145,8 +145,8 @@ class Course:
         return cls(file, **json.loads(file.read_text()) if file.is_file() else {})
 
     def start(self, setting: Setting, run: str) -> None:
-        """What it trains with from here on."""
-        self.setting, self.run = setting, run
+        """What it trains with from here on; a failure before is given another chance."""
+        self.setting, self.run, self.failure = setting, run, None
         self._save()
 
     def add(
@@ -183,23 +183,23 @@ def run_name(setting: Mapping[str, Any], seed: int) -> str:
 
 
 def _rungs(sweep: SweepConfig, config: JobConfig) -> dict[str, Any]:
-    """Fields that make a run evaluate and write a checkpoint at every rung, as evenly as it can,
-    and record its speed."""
+    """Fields that make a run evaluate at every rung, as evenly as it can, write a checkpoint there
+    or more often, and record its speed."""
     fields: dict[str, Any] = {
         "train.log_every": min(config.train.log_every, max(1, config.steps // RECORDS))
     }
-    if sweep.scheduler == "pbt":  # others go on from any of them
+    exactly = sweep.scheduler == "pbt"  # others go on from the checkpoints of the rungs
+    if exactly:
         fields["checkpoint.keep_last"] = sweep.rungs + 1
     if isinstance(config, ImageConfig):
         images = math.ceil(config.steps / sweep.rungs) * config.train.batch
-        return fields | {
-            "checkpoint.every_images": images,
-            "eval.every_kimg": images / 1000,
-        }
+        often = images if exactly else min(images, config.checkpoint.every_images)
+        return fields | {"checkpoint.every_images": often, "eval.every_kimg": images / 1000}
     assert isinstance(config, BridgeConfig)
     iterations = math.ceil(config.train.iterations / sweep.rungs)
+    often = iterations if exactly else min(iterations, config.checkpoint.every_iterations)
     return fields | {
-        "checkpoint.every_iterations": iterations,
+        "checkpoint.every_iterations": often,
         "eval.every_iterations": iterations,
     }
 

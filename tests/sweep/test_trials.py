@@ -59,6 +59,15 @@ def test_a_trial_evaluates_and_writes_a_checkpoint_at_every_rung(plan_of, text, 
     assert config.run_name == run_name(setting, 4)
 
 
+@pytest.mark.parametrize(("scheduler", "steps"), [("asha", 20), ("pbt", 68)])
+def test_checkpoints_are_as_often_as_asked_for_but_at_the_rungs_of_a_population(
+    plan_of, scheduler, steps
+):
+    more = ["checkpoint.every_iterations=10", f"sweep.scheduler={scheduler}"]
+    config = plan_of(BRIDGES, *more).config({"optimizer.lr": 0.01}, 0)
+    assert config.checkpoint_steps == steps
+
+
 @pytest.mark.parametrize("rungs", [1, 2, 5, 7])
 @pytest.mark.parametrize("images", [1000, 6000, 6100])
 def test_there_are_never_more_evaluations_than_rungs(plan_of, rungs, images):
@@ -87,6 +96,8 @@ def test_a_course_is_read_back_and_forgets_what_came_after_the_rung_that_it_repe
     found.fail("lost", 12.0)
     assert Course.load(found.file).has_ended(3)
     assert not Course.load(found.file).is_finished(2)
+    found.start({"cp.weight": 1}, "run")
+    assert Course.load(found.file).is_finished(2), "it has got another chance"
 
 
 # ASHA
