@@ -12,10 +12,12 @@ from cdm_ray.config import ImageConfig, load_config
 from cdm_ray.training import evaluations
 from cdm_ray.training.evaluations import (
     EvaluationsDuringTraining,
+    resources_after_training,
     resources_beside_training,
     snapshot_path,
     worker_gpus,
 )
+from cdm_ray.training.surroundings import ALONE, Surroundings
 
 
 def digits(tmp_path, *overrides):
@@ -153,6 +155,19 @@ def test_without_gpus_spare_cpus_are_used_and_otherwise_one_task_runs_beside(tmp
     assert resources_beside_training(digits(tmp_path), False) == TaskResources(at_once=5)
     cluster_of(2, 0)
     assert resources_beside_training(digits(tmp_path), False) == TaskResources(cpus=0, at_once=1)
+
+
+def test_a_run_that_shares_the_cluster_takes_nothing_but_its_own(tmp_path, cluster_of):
+    cluster_of(64, 16)
+    shared = Surroundings(shares_cluster=True)
+    half = digits(tmp_path, "ray.workers=1", "ray.gpus_per_worker=0.5")
+    beside = resources_beside_training(half, use_gpu=True, around=shared)
+    assert beside == TaskResources(cpus=0, gpus=0.05, at_once=1)
+    assert worker_gpus(half, shared) + beside.gpus == 0.5
+    after = resources_after_training(half, use_gpu=True, around=shared)
+    assert after == TaskResources(gpus=0.5, at_once=1)
+    assert resources_after_training(half, True, ALONE) == TaskResources(gpus=1)
+    assert resources_beside_training(half, False, shared) == TaskResources(cpus=0, at_once=1)
 
 
 def test_steps_with_an_evaluation_leave_out_the_last(tmp_path):
